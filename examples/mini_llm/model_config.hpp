@@ -1,0 +1,61 @@
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string_view>
+#include <vector>
+
+namespace mini_llm {
+
+/// How the angles of rotary position embedding depend on the position.
+enum class rope_scaling {
+  none,    ///< position * theta^(-2i / head_dim)
+  linear,  ///< the same at position / factor
+  llama3,  ///< low frequencies divided by factor, a smooth passage, high frequencies kept
+};
+
+/// Rotary position embedding; the fields below `factor` are meant for llama3 only.
+struct rope_config {
+  double theta = 10000.0;
+  rope_scaling scaling = rope_scaling::none;
+  double factor = 1.0;
+  double low_freq_factor = 1.0;
+  double high_freq_factor = 4.0;
+  std::int64_t original_max_context = 0;  ///< positions
+};
+
+/// Shape and constants of a model of the Llama family. Every count is positive, and small enough
+/// that no product of those that occur in a tensor, times 8 bytes, overflows 64 bits.
+struct model_config {
+  std::int64_t layers = 0;
+  std::int64_t hidden = 0;
+  std::int64_t q_heads = 0;
+  std::int64_t kv_heads = 0;  ///< divides q_heads
+  std::int64_t head_dim = 0;  ///< even; q_heads * head_dim may differ from hidden
+  std::int64_t ffn = 0;
+  std::int64_t vocab = 0;        ///< rows of the embedding; may exceed the tokenizer's vocabulary
+  std::int64_t max_context = 0;  ///< positions
+  double rms_norm_eps = 1e-6;
+  rope_config rope;
+  bool tie_word_embeddings = false;
+  std::optional<std::int32_t> bos_id;
+  std::vector<std::int32_t> eos_ids;  ///< any of them ends a text; may be empty
+};
+
+/// Reads config.json's text, and generation_config.json's over it (begin and end tokens only).
+///
+/// Accepted: LlamaForCausalLM, and MistralForCausalLM when no sliding window is in force. What
+/// would change the arithmetic and is not supported (biases, activations other than silu, other
+/// kinds of rope scaling, quantised weights) is refused by name; unknown fields are ignored.
+/// \param generation_text may be empty: no such file
+/// \param source          file name of config.json for messages
+/// \throws input_error naming the field and its value
+model_config parse_model_config(std::string_view config_text, std::string_view generation_text = {},
+                                std::string_view source = "config.json");
+
+/// Reads config.json and, when there, generation_config.json of a model directory.
+/// \throws input_error
+model_config load_model_config(const std::filesystem::path& directory);
+
+}  // namespace mini_llm
