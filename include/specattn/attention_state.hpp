@@ -1,0 +1,42 @@
+// The running softmax of one query row. Partial results over disjoint positions merge into the whole.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "config.hpp"
+
+namespace specattn::inline v0_1 {
+
+/// The maximum score seen and the sum of exp(score - max). The value vector that goes with it is the sum of
+/// exp(score - max) * v, unnormalised, and stays with the caller. A default state has seen nothing: merging with
+/// it changes nothing.
+struct attention_state {
+  float max = -std::numeric_limits<float>::infinity();
+  float sum = 0.0f;
+};
+
+/// A merged state, and what each side's value vector must be multiplied by before they are added.
+struct merged_state {
+  attention_state state;
+  float scale_a = 1.0f;
+  float scale_b = 1.0f;
+};
+
+/// Cost: two exponentials. (Milakov and Gimelshein, arXiv 1805.02867.)
+SPECATTN_HD inline merged_state merge(attention_state a, attention_state b) {
+  if (b.sum == 0.0f) return {a, 1.0f, 0.0f};
+  if (a.sum == 0.0f) return {b, 0.0f, 1.0f};
+  const float max = a.max > b.max ? a.max : b.max;
+  const float scale_a = std::exp(a.max - max);
+  const float scale_b = std::exp(b.max - max);
+  return {{max, a.sum * scale_a + b.sum * scale_b}, scale_a, scale_b};
+}
+
+/// What the value vector is multiplied by at the end: 1 / sum, or 0 for a state that saw nothing.
+SPECATTN_HD inline float finish_scale(attention_state s) { return s.sum == 0.0f ? 0.0f : 1.0f / s.sum; }
+
+/// log of the sum of exp(score), natural; minus infinity for a state that saw nothing.
+SPECATTN_HD inline float log_sum_exp(attention_state s) { return s.sum == 0.0f ? s.max : s.max + std::log(s.sum); }
+
+}  // namespace specattn::inline v0_1

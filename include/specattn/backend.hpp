@@ -1,0 +1,23 @@
+// The two backends as types. A view, a buffer and a context carry one, so that mixing them does not compile.
+#pragma once
+
+#include <concepts>
+
+#include "config.hpp"
+
+namespace specattn::inline v0_1 {
+
+/// Host memory, worked on by a team of threads. Implemented under cpu/.
+struct cpu {};
+/// Device memory, worked on along one stream. Implemented under cuda/.
+struct cuda {};
+
+template <class B>
+concept backend = std::same_as<B, cpu> || std::same_as<B, cuda>;
+
+/// Where an operation runs: context<cpu> is a team of threads and a workspace, context<cuda> a stream and a
+/// workspace. Defined in cpu/context.hpp and cuda/context.cuh.
+template <backend B>
+class context;
+
+}  // namespace specattn::inline v0_1

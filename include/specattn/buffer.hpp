@@ -1,0 +1,72 @@
+// Owning storage for a view.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <type_traits>
+#include <utility>
+
+#include "error.hpp"
+#include "view.hpp"
+
+namespace specattn::inline v0_1 {
+
+/// `size` elements of a trivially copyable type in the backend's memory, zeroed, 64-byte aligned, freed with the
+/// object. Moves, never copies. The CUDA specialisation is in cuda/context.cuh.
+template <class T, backend B = cpu>
+class buffer;
+
+template <class T>
+class buffer<T, cpu> {
+  static_assert(std::is_trivially_copyable_v<T>, "a specattn::buffer holds trivially copyable elements only");
+
+ public:
+  static constexpr std::size_t alignment = 64;
+
+  buffer() = default;
+  explicit buffer(std::size_t size) : size_(size) {
+    if (size == 0) return;
+    detail::expects(size <= static_cast<std::size_t>(PTRDIFF_MAX) / sizeof(T), "buffer: ", size, " elements of ",
+                    sizeof(T), " bytes do not fit the address space");
+    data_ = static_cast<T*>(::operator new(bytes(), std::align_val_t{alignment}));
+    std::memset(static_cast<void*>(data_), 0, bytes());
+  }
+  buffer(buffer&& other) noexcept
+      : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
+  buffer& operator=(buffer&& other) noexcept {
+    std::swap(data_, other.data_);
+    std::swap(size_, other.size_);
+    return *this;
+  }
+  buffer(const buffer&) = delete;
+  buffer& operator=(const buffer&) = delete;
+  ~buffer() {
+    if (data_ != nullptr) ::operator delete(data_, std::align_val_t{alignment});
+  }
+
+  T* data() const { return data_; }
+  std::size_t size() const { return size_; }
+  std::size_t bytes() const { return size_ * sizeof(T); }
+
+  /// The first product(extents) elements, shaped. Throws contract_error when the buffer holds fewer.
+  template <std::size_t Rank>
+  view<T, static_cast<int>(Rank), cpu> shaped(const std::ptrdiff_t (&extents)[Rank]) const {
+    std::array<std::ptrdiff_t, Rank> shape{};
+    std::size_t need = 1;
+    for (std::size_t d = 0; d < Rank; ++d) {
+      shape[d] = extents[d];
+      need *= static_cast<std::size_t>(extents[d]);
+    }
+    detail::expects(need <= size_, "buffer: a view of ", need, " elements over a buffer of ", size_);
+    return {data_, shape};
+  }
+
+ private:
+  T* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+
+}  // namespace specattn::inline v0_1

@@ -1,0 +1,129 @@
+// context<cpu>: a team of threads and a workspace.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+#include "../backend.hpp"
+#include "../buffer.hpp"
+#include "../error.hpp"
+
+namespace specattn::inline v0_1 {
+
+/// A fork-join team. The calling thread is member 0; the others spin briefly between calls, then sleep. One caller
+/// at a time. Nothing is allocated after construction.
+template <>
+class context<cpu> {
+ public:
+  /// \param threads         members of the team, the caller included; 0: one for each hardware thread
+  /// \param workspace_bytes memory for the operations' scratch: the largest of their …_workspace_bytes()
+  explicit context(int threads = 0, std::size_t workspace_bytes = 0);
+  ~context();
+  context(const context&) = delete;
+  context& operator=(const context&) = delete;
+
+  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+  std::size_t workspace_bytes() const { return workspace_.size(); }
+  /// Allocates a workspace of at least `bytes`; what it held is lost.
+  void reserve_workspace(std::size_t bytes) {
+    if (bytes > workspace_.size()) workspace_ = buffer<std::byte, cpu>(bytes);
+  }
+  /// The workspace, 64-byte aligned. Throws contract_error when it holds fewer than `bytes`.
+  std::byte* workspace(std::size_t bytes, const char* operation) {
+    detail::expects(bytes <= workspace_.size(), operation, ": needs a workspace of ", bytes,
+                    " bytes, the context has ", workspace_.size());
+    return workspace_.data();
+  }
+
+  /// Calls body(index, member) once for every index in [0, count), members taking indices as they become free.
+  /// Returns when all are done. `body` must not throw.
+  template <class Body>
+  void parallel_for(std::ptrdiff_t count, Body&& body) {
+    if (count <= 0) return;
+    if (count == 1 || workers_.empty()) {
+      for (std::ptrdiff_t i = 0; i < count; ++i) body(i, 0);
+      return;
+    }
+    using body_type = std::remove_reference_t<Body>;
+    run(count, std::addressof(body), [](void* erased, std::ptrdiff_t i, int member) {
+      (*static_cast<body_type*>(erased))(i, member);
+    });
+  }
+
+ private:
+  using task = void (*)(void*, std::ptrdiff_t, int);
+  void run(std::ptrdiff_t count, const void* body, task call);
+  void work(int member);
+  void serve(int member);
+
+  static constexpr int spins_before_sleep = 20000;  // about 50 us: longer than the gaps inside a forward pass
+
+  std::vector<std::thread> workers_;
+  buffer<std::byte, cpu> workspace_;
+  void* body_ = nullptr;
+  task call_ = nullptr;
+  std::ptrdiff_t count_ = 0;
+  alignas(64) std::atomic<std::ptrdiff_t> next_{0};
+  alignas(64) std::atomic<std::uint32_t> generation_{0};
+  alignas(64) std::atomic<int> busy_{0};
+  std::atomic<bool> stop_{false};
+};
+
+inline context<cpu>::context(int threads, std::size_t workspace_bytes) : workspace_(workspace_bytes) {
+  detail::expects(threads >= 0 && threads <= 1024, "context: ", threads, " threads; give 0 … 1024");
+  if (threads == 0) threads = static_cast<int>(std::thread::hardware_concurrency());
+  if (threads < 1) threads = 1;
+  workers_.reserve(static_cast<std::size_t>(threads - 1));
+  for (int member = 1; member < threads; ++member) workers_.emplace_back([this, member] { serve(member); });
+}
+
+inline context<cpu>::~context() {
+  stop_.store(true, std::memory_order_relaxed);
+  generation_.fetch_add(1, std::memory_order_release);
+  generation_.notify_all();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+inline void context<cpu>::run(std::ptrdiff_t count, const void* body, task call) {
+  body_ = const_cast<void*>(body);
+  call_ = call;
+  count_ = count;
+  next_.store(0, std::memory_order_relaxed);
+  busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+  generation_.fetch_add(1, std::memory_order_release);
+  generation_.notify_all();
+  work(0);
+  for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; ++spins) {
+    if (spins > spins_before_sleep) std::this_thread::yield();
+  }
+}
+
+inline void context<cpu>::work(int member) {
+  for (;;) {
+    const std::ptrdiff_t i = next_.fetch_add(1, std::memory_order_relaxed);
+    if (i >= count_) return;
+    call_(body_, i, member);
+  }
+}
+
+inline void context<cpu>::serve(int member) {
+  std::uint32_t seen = 0;
+  for (;;) {
+    std::uint32_t now = generation_.load(std::memory_order_acquire);
+    for (int spins = 0; now == seen; ++spins) {
+      if (spins > spins_before_sleep) generation_.wait(seen, std::memory_order_acquire);
+      now = generation_.load(std::memory_order_acquire);
+    }
+    seen = now;
+    if (stop_.load(std::memory_order_relaxed)) return;
+    work(member);
+    busy_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+}  // namespace specattn::inline v0_1

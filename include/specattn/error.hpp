@@ -1,0 +1,68 @@
+// What the library throws, and the one place it throws from.
+#pragma once
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <type_traits>
+
+#include "config.hpp"
+
+namespace specattn::inline v0_1 {
+
+/// The caller broke a stated precondition. The message names the operation and the values.
+struct contract_error : std::invalid_argument {
+  using std::invalid_argument::invalid_argument;
+};
+
+/// A device or its runtime failed (no GPU, a launch that did not start, an asynchronous fault).
+struct device_error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+/// Called in place of a throw where exceptions are disabled. It must not return.
+using failure_handler = void (*)(const char* message);
+
+namespace detail {
+inline failure_handler& failure_handler_slot() {
+  static failure_handler handler = nullptr;
+  return handler;
+}
+}  // namespace detail
+
+/// Sets what happens on an error under -fno-exceptions (ignored otherwise). Not thread-safe: set it once at start.
+inline void set_failure_handler(failure_handler handler) { detail::failure_handler_slot() = handler; }
+
+namespace detail {
+
+inline void append_part(std::string& text, std::string_view part) { text += part; }
+template <class Number>
+  requires std::is_arithmetic_v<Number>
+void append_part(std::string& text, Number number) {
+  text += std::to_string(number);
+}
+
+/// The only throw point of the library.
+template <class Error>
+[[noreturn]] void raise(const std::string& message) {
+#if defined(__cpp_exceptions)
+  throw Error(message);
+#else
+  if (failure_handler_slot() != nullptr) failure_handler_slot()(message.c_str());
+  std::abort();  // a handler must not return, and without exceptions there is nobody else to tell
+#endif
+}
+
+/// Throws contract_error made of `parts` unless `holds`.
+template <class... Parts>
+void expects(bool holds, const Parts&... parts) {
+  if (holds) [[likely]]
+    return;
+  std::string message;
+  (append_part(message, parts), ...);
+  raise<contract_error>(message);
+}
+
+}  // namespace detail
+}  // namespace specattn::inline v0_1
