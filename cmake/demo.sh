@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# Installs what is missing, builds the mini-LLM and lets the embedded pair of models write after the embedded prompt,
+# with the report against autoregressive and dense speculative decoding. Further arguments go to `mini_llm generate`.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+bash "$root/cmake/setup.sh"
+build() {
+  cmake -S "$root" -B "$root/build" -D CMAKE_BUILD_TYPE=Release -D SPECATTN_BUILD_EXAMPLES=ON \
+    -D SPECATTN_BUILD_MINI_LLM=ON && cmake --build "$root/build" --target mini_llm --parallel "$(nproc)"
+}
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+echo "demo: building (a minute or two the first time)" >&2
+if ! build >"$log" 2>&1; then
+  tail -n 40 "$log" >&2
+  echo "demo: the build failed; its last lines are above" >&2
+  exit 1
+fi
+"$root/build/bin/mini_llm" generate --compare "$@"

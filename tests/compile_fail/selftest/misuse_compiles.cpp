@@ -1,0 +1,4 @@
+// expect: anything
+#ifdef MISUSE
+int harmless();
+#endif

@@ -1,0 +1,3 @@
+#ifdef MISUSE
+static_assert(sizeof(char) == 2, "these words");
+#endif
