@@ -8,6 +8,7 @@
 #include "backend.hpp"
 #include "error.hpp"
 #include "scalar.hpp"
+#include "select_math.hpp"
 #include "selection.hpp"
 #include "view.hpp"
 
@@ -62,12 +63,18 @@ void check_select(const importance<T, B>& from, const selection_rule& rule, cons
           " kv_lens for ", groups, " groups");
   expects(from.top_p.empty() || from.top_p.extent(0) == groups, "select: ", from.top_p.extent(0), " top_p for ",
           groups, " groups");
+  expects(groups == 0 || from.weights.extent(1) > 0, "select: ", groups, " groups of no rows");
   expects(rule.sinks >= 0 && rule.recent >= 0 && rule.max_tokens >= 0, "select: sinks ", rule.sinks, ", recent ",
           rule.recent, " and max_tokens ", rule.max_tokens, " must not be negative");
   expects(rule.page_size >= 1, "select: page_size ", rule.page_size, " must be at least 1");
   expects(rule.output == emit::positions || rule.page_size > 1, "select: page numbers need a page_size above 1");
-  expects(from.weights.extent(2) <= std::numeric_limits<std::int32_t>::max(), "select: kv_len ",
-          from.weights.extent(2), " exceeds 32-bit positions");
+  expects(from.weights.extent(2) <= select_max_kv_len && from.weights.extent(1) <= select_max_rows, "select: ",
+          from.weights.extent(1), " rows of ", from.weights.extent(2), " positions exceed the limits of ",
+          select_max_rows, " and ", select_max_kv_len);
+  expects(out.mass.empty() || out.mass.extent(0) == groups, "select: ", out.mass.extent(0), " mass entries for ",
+          groups, " groups");
+  expects(out.status.empty() || out.status.extent(0) == groups, "select: ", out.status.extent(0),
+          " status entries for ", groups, " groups");
 }
 }  // namespace detail
 

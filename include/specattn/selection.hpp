@@ -17,13 +17,26 @@ enum selection_status : std::uint32_t {
   selection_capped = 1,          ///< max_tokens bit: the heaviest were kept and their mass is below top_p
   selection_invalid_weight = 2,  ///< a NaN, infinite or negative weight was counted as zero
   selection_invalid_rule = 4,    ///< top_p is NaN: only the forced positions were kept
+  selection_invalid_length = 8,  ///< a kv_len outside 0 … the weights' extent was clamped to it
 };
 
 /// A count that stands for "every position of the prefix", without a list. Dense layers and sequences below the
 /// minimum context carry it, so that they travel in one batch with sparse ones.
 inline constexpr std::int32_t keep_all = -1;
 
-/// Non-owning. Row g of `positions` holds counts(g) strictly ascending positions in [0, kv_len), then -1.
+/// Entries behind a list are -1 up to a whole block of this many: a reader that takes entries in blocks of up to 64
+/// from the start of the list meets no stale one.
+inline constexpr std::ptrdiff_t selection_block = 64;
+
+/// Entries of a row of `positions` that are written for a list of `count`: the list, then -1 to the end of its last
+/// block and, where there is room, at least one, so that a reader without the count stops.
+SPECATTN_HD inline std::ptrdiff_t padded_count(std::ptrdiff_t count, std::ptrdiff_t capacity) {
+  const std::ptrdiff_t blocks_end = (count / selection_block + 1) * selection_block;
+  return blocks_end < capacity ? blocks_end : capacity;
+}
+
+/// Non-owning. Row g of `positions` holds counts(g) strictly ascending positions in [0, kv_len), then -1 up to
+/// padded_count(); behind that it is neither written nor to be read.
 template <backend B = cpu>
 struct selection_view {
   view<std::int32_t, 2, B> positions;   ///< [groups, capacity]

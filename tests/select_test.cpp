@@ -1,0 +1,93 @@
+// select() on the CPU.
+#include "specattn/cpu/select.hpp"
+
+#include <cstring>
+#include <memory>
+
+#include "select_problem.hpp"
+
+namespace select_testing {
+
+struct cpu_fixture {
+  using backend = specattn::cpu;
+
+  explicit cpu_fixture(int threads = 2) : context_(std::make_unique<specattn::context<specattn::cpu>>(threads)) {}
+
+  specattn::context<specattn::cpu>& context() { return *context_; }
+
+  template <class T>
+  specattn::buffer<T> upload(const std::vector<T>& host) {
+    specattn::buffer<T> copy(host.size());
+    if (!host.empty()) std::memcpy(static_cast<void*>(copy.data()), host.data(), copy.bytes());
+    return copy;
+  }
+
+  template <class T>
+  std::vector<T> download(const specattn::buffer<T>& from) {
+    return {from.data(), from.data() + from.size()};
+  }
+
+  void soil_workspace() {
+    const std::size_t bytes = context_->workspace_bytes();
+    if (bytes > 0) std::memset(context_->workspace(bytes, "test"), 0xab, bytes);
+  }
+
+ private:
+  std::unique_ptr<specattn::context<specattn::cpu>> context_;
+};
+
+using select_fixture = cpu_fixture;
+
+}  // namespace select_testing
+
+#include "select_cases.hpp"
+#include "select_group_cases.hpp"
+
+namespace select_testing {
+
+TEST_CASE("select: one to four threads give identical lists, masses and flags") {
+  std::mt19937 random(31);
+  for (const auto rows : {specattn::combine::unite, specattn::combine::mean, specattn::combine::max}) {
+    specattn::selection_rule rule;
+    rule.rows = rows;
+    auto p = dense_problem<float>(13, 4, 1531, rule);
+    fill_mixed(p, random);
+    cpu_fixture alone(1);
+    const answer want = solve(alone, p);
+    for (int threads = 2; threads <= 4; ++threads) {
+      cpu_fixture team(threads);
+      const answer got = solve(team, p);
+      CHECK(got.positions == want.positions);
+      CHECK(got.counts == want.counts);
+      CHECK(got.mass == want.mass);
+      CHECK(got.status == want.status);
+    }
+  }
+}
+
+TEST_CASE("select: a workspace that is too small is refused before anything is written") {
+  specattn::context<specattn::cpu> context(1);
+  specattn::buffer<float> weights(100);
+  specattn::selection<specattn::cpu> out(1, 100);
+  specattn::importance<float> from;
+  from.weights = weights.shaped({1, 1, 100});
+  out.view().counts[0] = 77;
+  CHECK_THROWS_AS(specattn::select(context, from, specattn::selection_rule{}, out.view()), specattn::contract_error);
+  CHECK(out.view().counts[0] == 77);
+}
+
+TEST_CASE("select: lists pass validate()") {
+  std::mt19937 random(32);
+  cpu_fixture fixture;
+  specattn::buffer<float> weights = fixture.upload(make_row(shape::softmax, 5000, random));
+  specattn::selection<specattn::cpu> out(1, 5000);
+  specattn::importance<float> from;
+  from.weights = weights.shaped({1, 1, 5000});
+  const specattn::selection_rule rule;
+  fixture.context().reserve_workspace(specattn::select_workspace_bytes(fixture.context(), 1, 1, 5000, rule));
+  specattn::select(fixture.context(), from, rule, out.view());
+  CHECK_NOTHROW(specattn::validate(out.view(), 0, 5000));
+  CHECK_THROWS_AS(specattn::validate(out.view(), 0, 4999), specattn::contract_error);
+}
+
+}  // namespace select_testing
