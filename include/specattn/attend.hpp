@@ -36,18 +36,18 @@ struct recording_view {
 /// tail positions kv_len … kv_len + i.
 template <storage T, backend B = cpu>
 struct attend_args {
-  view<const float, 3, B> q;                     ///< [slots, q_heads, head_dim], rotated
+  view<const float, 3, B> q;  ///< [slots, q_heads, head_dim], rotated
   kv_view<T, B> kv;
-  view<const std::int32_t, 1, B> slot_offsets;   ///< [sequences + 1]
-  view<const std::int32_t, 1, B> kv_lens;        ///< [sequences] prefix lengths, the slots not counted
-  view<const std::int32_t, 1, B> cache_rows;     ///< [sequences] rows of the block table; empty: 0, 1, …
-  float scale = 0.0f;                            ///< of the scores; 0: 1 / sqrt(head_dim)
+  view<const std::int32_t, 1, B> slot_offsets;  ///< [sequences + 1]
+  view<const std::int32_t, 1, B> kv_lens;       ///< [sequences] prefix lengths, the slots not counted
+  view<const std::int32_t, 1, B> cache_rows;    ///< [sequences] rows of the block table; empty: 0, 1, …
+  float scale = 0.0f;                           ///< of the scores; 0: 1 / sqrt(head_dim)
   /// Kept positions; counts empty: dense. The list of (sequence s, kv head h) is group
   /// s * kept_sequence_stride + h.
   selection_view<B> kept;
   std::ptrdiff_t kept_sequence_stride = 0;
-  view<float, 3, B> out;                         ///< [slots, q_heads, head_dim], overwritten; must not overlap q
-  view<float, 2, B> lse;                         ///< [slots, q_heads] natural log; may be empty
+  view<float, 3, B> out;  ///< [slots, q_heads, head_dim], overwritten; must not overlap q
+  view<float, 2, B> lse;  ///< [slots, q_heads] natural log; may be empty
   recording_view<B> recording;
 };
 
@@ -89,7 +89,7 @@ void check_attend(const attend_args<T, B>& a) {
 /// The largest pass that a workspace has to serve.
 struct attend_shape {
   std::int32_t sequences = 1;
-  std::int32_t slots = 1;   ///< of all sequences together
+  std::int32_t slots = 1;  ///< of all sequences together
   std::int32_t q_heads = 0;
   std::int32_t kv_heads = 0;
   std::int32_t head_dim = 0;

@@ -24,13 +24,15 @@ struct merged_state {
 };
 
 /// Cost: two exponentials. (Milakov and Gimelshein, arXiv 1805.02867.)
+/// The sum is one written-out fused multiply-add: a compiler free to fuse either product could choose differently
+/// from one caller to the next.
 SPECATTN_HD inline merged_state merge(attention_state a, attention_state b) {
   if (b.sum == 0.0f) return {a, 1.0f, 0.0f};
   if (a.sum == 0.0f) return {b, 0.0f, 1.0f};
   const float max = a.max > b.max ? a.max : b.max;
   const float scale_a = std::exp(a.max - max);
   const float scale_b = std::exp(b.max - max);
-  return {{max, a.sum * scale_a + b.sum * scale_b}, scale_a, scale_b};
+  return {{max, std::fma(a.sum, scale_a, b.sum * scale_b)}, scale_a, scale_b};
 }
 
 /// What the value vector is multiplied by at the end: 1 / sum, or 0 for a state that saw nothing.

@@ -1,9 +1,13 @@
 // Keys and values of earlier positions: one layout for contiguous and paged caches, and a cache that owns one.
 #pragma once
 
+#include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "backend.hpp"
@@ -24,8 +28,8 @@ struct kv_view {
   std::ptrdiff_t page_stride = 0;
   std::ptrdiff_t position_stride = 0;
   std::ptrdiff_t head_stride = 0;
-  std::int32_t page_shift = 31;                    ///< log2 of the page size; 31: one page holds everything
-  view<const std::int32_t, 2, B> block_table;      ///< [cache rows, pages a sequence]
+  std::int32_t page_shift = 31;                ///< log2 of the page size; 31: one page holds everything
+  view<const std::int32_t, 2, B> block_table;  ///< [cache rows, pages a sequence]
   std::int32_t kv_heads = 0;
   std::int32_t head_dim = 0;
 
@@ -44,7 +48,7 @@ struct kv_view {
 
 /// The size of a cache.
 struct kv_cache_shape {
-  std::int32_t sequences = 1;      ///< cache rows
+  std::int32_t sequences = 1;  ///< cache rows
   std::int32_t layers = 0;
   std::int32_t kv_heads = 0;
   std::int32_t head_dim = 0;
@@ -54,56 +58,292 @@ struct kv_cache_shape {
 };
 
 namespace detail {
-/// append and keep of one layer.  // incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
+
+/// What a backend does for a cache; the members are
+///   write(ctx, layer, row, first, k, v)                              float rows into the cache, rounded
+///   compact(ctx, layer 0, layer stride, layers, row, positions)      kept rows to the front, in every layer and head
+///   publish(ctx, host table, table)                                  the block table to where kernels read it
+/// incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
 template <backend B>
 struct kv_cache_impl;
-void check_kv_cache_shape(const kv_cache_shape& shape);
+
+/// a * b for sizes; throws when the product does not fit.
+inline std::ptrdiff_t size_product(std::ptrdiff_t a, std::ptrdiff_t b) {
+  expects(b == 0 || a <= PTRDIFF_MAX / b, "kv_cache: a size of ", a, " times ", b, " does not fit the address space");
+  return a * b;
+}
+
+/// Everything that follows from a shape. Contiguous: [layer][row][kv head][position][head_dim], one page a row.
+/// Paged: [layer][page][kv head][position in page][head_dim]; a page's number is the same in every layer.
+struct kv_cache_layout {
+  std::int32_t page_positions = 0;
+  std::int32_t pages = 0;        ///< in the pool, or rows of a contiguous cache
+  std::int32_t pages_a_row = 1;  ///< columns of the block table
+  std::int32_t page_shift = 31;
+  std::ptrdiff_t head_stride = 0;
+  std::ptrdiff_t page_stride = 0;
+  std::ptrdiff_t layer_stride = 0;
+  std::ptrdiff_t elements = 0;  ///< of the keys; the values have as many
+
+  explicit kv_cache_layout(const kv_cache_shape& s) {
+    expects(s.sequences > 0 && s.layers > 0 && s.kv_heads > 0 && s.head_dim > 0 && s.max_positions > 0,
+            "kv_cache: ", s.sequences, " sequences, ", s.layers, " layers, ", s.kv_heads, " kv_heads, head_dim ",
+            s.head_dim, ", max_positions ", s.max_positions, ": all must be positive");
+    expects(s.page_size >= 0 && (s.page_size & (s.page_size - 1)) == 0, "kv_cache: page_size ", s.page_size,
+            " is neither 0 nor a power of two");
+    expects(s.pages >= 0 && (s.pages == 0 || s.page_size > 0), "kv_cache: ", s.pages, " pages with page_size ",
+            s.page_size);
+    page_positions = s.page_size > 0 ? s.page_size : s.max_positions;
+    std::ptrdiff_t count = s.sequences;
+    if (s.page_size > 0) {
+      pages_a_row = (s.max_positions - 1) / s.page_size + 1;
+      page_shift = std::countr_zero(static_cast<std::uint32_t>(s.page_size));
+      count = s.pages > 0 ? s.pages : size_product(s.sequences, pages_a_row);
+    }
+    expects(count <= INT32_MAX, "kv_cache: ", count, " pages are more than a block table can number");
+    pages = static_cast<std::int32_t>(count);
+    head_stride = size_product(page_positions, s.head_dim);
+    page_stride = size_product(head_stride, s.kv_heads);
+    layer_stride = size_product(page_stride, pages);
+    elements = size_product(layer_stride, s.layers);
+    size_product(elements, 2 * static_cast<std::ptrdiff_t>(sizeof(float)));  // the bytes fit too
+    size_product(s.sequences, pages_a_row);
+  }
+};
+
 }  // namespace detail
 
 /// Keys and values of `sequences` cache rows over all layers, with the bookkeeping of lengths and pages on the
 /// host. A sequence's length counts cached rows; its next position counts text (they part after keep()).
-/// Errors leave the cache unchanged.
+/// Errors leave the cache unchanged. Nothing is allocated after construction.
 template <storage T, backend B = cpu>
 class kv_cache {
  public:
-  /// Bytes that a cache of this shape allocates, known before it is made.
-  static std::size_t bytes(const kv_cache_shape& shape);
+  /// Bytes of keys, values and block table that a cache of this shape allocates, known before it is made. (The
+  /// bookkeeping on the host adds 16 bytes a row and 4 for each page and block table entry.)
+  static std::size_t bytes(const kv_cache_shape& shape) {
+    const detail::kv_cache_layout layout(shape);
+    return 2 * static_cast<std::size_t>(layout.elements) * sizeof(T) +
+           static_cast<std::size_t>(shape.sequences) * static_cast<std::size_t>(layout.pages_a_row) *
+               sizeof(std::int32_t);
+  }
 
   kv_cache() = default;
   /// \throws contract_error for a shape with a non-positive or overflowing size, or a page size not a power of two
-  explicit kv_cache(const kv_cache_shape& shape);
+  explicit kv_cache(const kv_cache_shape& shape)
+      : shape_(shape),
+        layout_(shape),
+        keys_(static_cast<std::size_t>(layout_.elements)),
+        values_(static_cast<std::size_t>(layout_.elements)),
+        table_(static_cast<std::size_t>(shape.sequences) * static_cast<std::size_t>(layout_.pages_a_row)),
+        host_table_(table_.size(), 0),
+        rows_(static_cast<std::size_t>(shape.sequences)) {
+    if (!paged()) {
+      for (std::size_t row = 0; row < rows_.size(); ++row) {
+        set_entry(row, static_cast<std::int32_t>(row));
+        rows_[row].pages = 1;
+      }
+    } else {
+      free_.reserve(static_cast<std::size_t>(layout_.pages));
+      for (std::int32_t page = layout_.pages; page-- > 0;) free_.push_back(page);  // taken from the back: 0 first
+    }
+    dirty_ = !std::is_same_v<B, cpu>;
+  }
 
   const kv_cache_shape& shape() const { return shape_; }
-  std::int32_t length(std::int32_t row) const;
-  std::int32_t next_position(std::int32_t row) const;
+  bool paged() const { return shape_.page_size > 0; }
+  /// Bytes of keys, values and block table: what bytes(shape) announced.
+  std::size_t allocated_bytes() const { return keys_.bytes() + values_.bytes() + table_.bytes(); }
+  std::int32_t length(std::int32_t row) const { return checked(row, "length").length; }
+  std::int32_t next_position(std::int32_t row) const { return checked(row, "next_position").next_position; }
+  /// Positions that fit a row without another page.
+  std::int32_t capacity(std::int32_t row) const {
+    const std::int64_t room = static_cast<std::int64_t>(checked(row, "capacity").pages) * layout_.page_positions;
+    return static_cast<std::int32_t>(std::min<std::int64_t>(room, shape_.max_positions));
+  }
   /// Free pages of the pool (contiguous: 0).
   std::int32_t free_pages() const { return static_cast<std::int32_t>(free_.size()); }
   /// Bytes of K and V that hold live positions (paged: whole pages).
-  std::size_t bytes_in_use() const;
+  std::size_t bytes_in_use() const {
+    std::size_t positions = 0;
+    for (const row_state& r : rows_)
+      positions += static_cast<std::size_t>(paged() ? r.pages : r.length) *
+                   static_cast<std::size_t>(paged() ? shape_.page_size : 1);
+    return 2 * sizeof(T) * positions * static_cast<std::size_t>(shape_.layers) *
+           static_cast<std::size_t>(shape_.kv_heads) * static_cast<std::size_t>(shape_.head_dim);
+  }
 
   /// Makes room for `count` more positions of a row, taking pages from the pool.
   /// \throws contract_error "cache full" with the numbers; nothing is taken then
-  void reserve(std::int32_t row, std::int32_t count);
+  void reserve(std::int32_t row, std::int32_t count) {
+    row_state& r = checked(row, "reserve");
+    detail::expects(count >= 0 && count <= shape_.max_positions - r.length, "kv_cache: cache full: row ", row,
+                    " holds ", r.length, " positions, ", count, " more were asked for, max_positions is ",
+                    shape_.max_positions);
+    if (!paged() || r.length + count == 0) return;
+    const std::int32_t need = (r.length + count - 1) / shape_.page_size + 1 - r.pages;
+    detail::expects(need <= free_pages(), "kv_cache: cache full: row ", row, " needs ", need, " more pages of ",
+                    shape_.page_size, " positions, ", free_pages(), " of ", layout_.pages, " are free");
+    for (std::int32_t i = 0; i < need; ++i) {
+      set_entry(entry(row, r.pages++), free_.back());
+      free_.pop_back();
+    }
+  }
 
   /// Writes new rows of one layer behind the current length (at length(row) + at …) without changing it: every
-  /// layer of a pass appends, then advance() is called once.
-  /// \param k, v [count, kv_heads, head_dim] float, rounded to the storage type
+  /// layer of a pass appends, then advance() is called once. Takes pages as reserve() does where they are missing.
+  /// \param k, v [count, kv_heads, head_dim] float, rounded to the storage type (nearest, ties to even)
   void append(context<B>& ctx, std::int32_t layer, std::int32_t row, view<const float, 3, B> k,
-              view<const float, 3, B> v, std::int32_t at = 0);
-  void advance(std::int32_t row, std::int32_t count);
+              view<const float, 3, B> v, std::int32_t at = 0) {
+    const row_state& r = checked(row, "append");
+    check_layer(layer, "append");
+    detail::expects(k.extents() == v.extents() && k.extent(1) == shape_.kv_heads && k.extent(2) == shape_.head_dim,
+                    "kv_cache: append of k [", k.extent(0), ", ", k.extent(1), ", ", k.extent(2), "] and v [",
+                    v.extent(0), ", ", v.extent(1), ", ", v.extent(2), "] to a cache of ", shape_.kv_heads,
+                    " kv_heads, head_dim ", shape_.head_dim);
+    detail::expects(at >= 0 && k.extent(0) <= shape_.max_positions - r.length - std::min(at, shape_.max_positions),
+                    "kv_cache: cache full: row ", row, " holds ", r.length, " positions, ", k.extent(0),
+                    " were appended at ", at, " behind them, max_positions is ", shape_.max_positions);
+    const auto count = static_cast<std::int32_t>(k.extent(0));
+    if (count == 0) return;
+    if (r.length + at + count > capacity(row)) reserve(row, at + count);
+    publish(ctx);
+    detail::kv_cache_impl<B>::write(ctx, this->layer(layer), row, r.length + at, k, v);
+  }
+  /// Counts `count` appended positions in.
+  void advance(std::int32_t row, std::int32_t count) {
+    row_state& r = checked(row, "advance");
+    detail::expects(count >= 0 && count <= capacity(row) - r.length, "kv_cache: advance of row ", row, " by ", count,
+                    " beyond the ", capacity(row), " positions it has room for (length ", r.length, ")");
+    r.length += count;
+    r.next_position += count;
+  }
 
-  /// Drops the newest positions: length becomes `length`, and the pages behind it return to the pool.
-  void roll_back(std::int32_t row, std::int32_t length);
+  /// Drops the newest positions: length becomes `length`, and the pages behind it return to the pool. Pages that
+  /// were reserved beyond the length return too.
+  /// \throws contract_error for a length that is negative, above the current one, or inside what keep() compacted
+  ///         (there, positions of the text are no longer adjacent): clear() the row instead
+  void roll_back(std::int32_t row, std::int32_t length) {
+    row_state& r = checked(row, "roll_back");
+    detail::expects(length >= 0 && length <= r.length, "kv_cache: roll_back of row ", row, " to ", length,
+                    ", outside 0 … its length ", r.length);
+    detail::expects(length >= r.compacted, "kv_cache: roll_back of row ", row, " to ", length, " inside the ",
+                    r.compacted, " positions that keep() compacted");
+    r.next_position -= r.length - length;
+    r.length = length;
+    free_behind(row);
+  }
   /// Empties the row and frees its pages.
-  void clear(std::int32_t row);
+  void clear(std::int32_t row) {
+    row_state& r = checked(row, "clear");
+    r.length = r.next_position = r.compacted = 0;
+    free_behind(row);
+  }
 
   /// Index-based pruning: compacts the row to `positions` (strictly ascending, < length), in every layer and kv
   /// head alike, and frees the pages behind. Keys keep the rotation of their original position.
-  void keep(context<B>& ctx, std::int32_t row, std::span<const std::int32_t> positions);
+  void keep(context<B>& ctx, std::int32_t row, std::span<const std::int32_t> positions) {
+    const std::ptrdiff_t lists = static_cast<std::ptrdiff_t>(shape_.layers) * shape_.kv_heads;
+    const auto count = static_cast<std::ptrdiff_t>(positions.size());
+    keep(ctx, row, view<const std::int32_t, 2, cpu>(positions.data(), {lists, count}, {0, 1}));
+  }
   /// The same with a list for each (layer, kv head): positions[(layer * kv_heads + head)]; all of one length.
-  void keep(context<B>& ctx, std::int32_t row, view<const std::int32_t, 2, cpu> positions);
+  void keep(context<B>& ctx, std::int32_t row, view<const std::int32_t, 2, cpu> positions) {
+    row_state& r = checked(row, "keep");
+    check_lists(positions, r.length);
+    publish(ctx);
+    detail::kv_cache_impl<B>::compact(ctx, layer(0), layout_.layer_stride, shape_.layers, row, positions);
+    r.length = r.compacted = static_cast<std::int32_t>(positions.extent(1));
+    free_behind(row);
+  }
 
-  kv_view<T, B> layer(std::int32_t layer) const;
+  kv_view<T, B> layer(std::int32_t layer) const {
+    check_layer(layer, "layer");
+    kv_view<T, B> result;
+    result.keys = keys_.data() + layer * layout_.layer_stride;
+    result.values = values_.data() + layer * layout_.layer_stride;
+    result.page_stride = layout_.page_stride;
+    result.position_stride = shape_.head_dim;
+    result.head_stride = layout_.head_stride;
+    result.page_shift = layout_.page_shift;
+    result.block_table = {table_.data(), {shape_.sequences, layout_.pages_a_row}};
+    result.kv_heads = shape_.kv_heads;
+    result.head_dim = shape_.head_dim;
+    return result;
+  }
+
+  /// Brings the block table to where kernels read it, if it changed. append() and keep() do so themselves; a
+  /// captured graph wants it called after reserve(). On the cpu there is nothing to do.
+  void publish(context<B>& ctx) {
+    if (!dirty_) return;
+    detail::kv_cache_impl<B>::publish(ctx, host_table_, table_);
+    dirty_ = false;
+  }
+
+ private:
+  struct row_state {
+    std::int32_t length = 0;
+    std::int32_t next_position = 0;
+    std::int32_t pages = 0;
+    std::int32_t compacted = 0;  ///< leading positions that keep() made
+  };
+
+  const row_state& checked(std::int32_t row, const char* operation) const {
+    detail::expects(row >= 0 && row < static_cast<std::int32_t>(rows_.size()), "kv_cache: ", operation, " of row ",
+                    row, " of ", rows_.size());
+    return rows_[static_cast<std::size_t>(row)];
+  }
+  row_state& checked(std::int32_t row, const char* operation) {
+    return const_cast<row_state&>(std::as_const(*this).checked(row, operation));
+  }
+  void check_layer(std::int32_t layer, const char* operation) const {
+    detail::expects(layer >= 0 && layer < shape_.layers, "kv_cache: ", operation, " of layer ", layer, " of ",
+                    shape_.layers);
+  }
+  void check_lists(view<const std::int32_t, 2, cpu> positions, std::int32_t length) const {
+    const std::ptrdiff_t lists = static_cast<std::ptrdiff_t>(shape_.layers) * shape_.kv_heads;
+    detail::expects(positions.extent(0) == lists, "kv_cache: keep got ", positions.extent(0), " lists, needs ", lists,
+                    " (layers * kv_heads)");
+    const std::ptrdiff_t distinct = positions.stride(0) == 0 ? 1 : lists;
+    for (std::ptrdiff_t list = 0; list < distinct; ++list) {
+      std::int32_t previous = -1;
+      for (std::ptrdiff_t i = 0; i < positions.extent(1); ++i) {
+        const std::int32_t position = positions(list, i);
+        detail::expects(position > previous && position < length, "kv_cache: keep list ", list, " entry ", i, " is ",
+                        position, " after ", previous, " with length ", length);
+        previous = position;
+      }
+    }
+  }
+  std::size_t entry(std::int32_t row, std::int32_t page) const {
+    return static_cast<std::size_t>(row) * static_cast<std::size_t>(layout_.pages_a_row) +
+           static_cast<std::size_t>(page);
+  }
+  void free_behind(std::int32_t row) {
+    if (!paged()) return;
+    row_state& r = rows_[static_cast<std::size_t>(row)];
+    const std::int32_t needed = r.length == 0 ? 0 : (r.length - 1) / shape_.page_size + 1;
+    while (r.pages > needed) free_.push_back(host_table_[entry(row, --r.pages)]);
+  }
+  /// On the cpu, kernels read the table as it is.
+  void set_entry(std::size_t entry, std::int32_t page) {
+    host_table_[entry] = page;
+    if constexpr (std::is_same_v<B, cpu>) {
+      table_.data()[entry] = page;
+    } else {
+      dirty_ = true;
+    }
+  }
+
+  kv_cache_shape shape_{.sequences = 0};
+  detail::kv_cache_layout layout_{kv_cache_shape{1, 1, 1, 1, 1}};
+  buffer<T, B> keys_;
+  buffer<T, B> values_;
+  buffer<std::int32_t, B> table_;
+  std::vector<std::int32_t> host_table_;
+  std::vector<row_state> rows_;
+  std::vector<std::int32_t> free_;
+  bool dirty_ = false;
 };
 
 }  // namespace specattn::inline v0_1
