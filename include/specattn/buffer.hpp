@@ -49,6 +49,7 @@ class buffer<T, cpu> {
 
   T* data() const { return data_; }
   std::size_t size() const { return size_; }
+  bool empty() const { return size_ == 0; }
   std::size_t bytes() const { return size_ * sizeof(T); }
 
   /// The first product(extents) elements, shaped. Throws contract_error when the buffer holds fewer.

@@ -1,0 +1,83 @@
+// The attention object a model calls in one pass over a batch: appends to the cache, then reads what was decided.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "attend.hpp"
+#include "kv_cache.hpp"
+#include "selection.hpp"
+#include "view.hpp"
+
+namespace specattn::inline v0_1 {
+
+/// Which slots of a pass belong to which sequence. A sequence may have no slots; it is then left alone.
+template <backend B = cpu>
+struct pass_layout {
+  view<const std::int32_t, 1, B> slot_offsets;  ///< [sequences + 1]
+  view<const std::int32_t, 1, B> kv_lens;       ///< [sequences] prefix lengths
+  view<const std::int32_t, 1, B> cache_rows;    ///< [sequences]
+  std::int32_t sequences() const { return static_cast<std::int32_t>(kv_lens.extent(0)); }
+};
+
+/// A function to be called with a layer's queries before it attends, for guides that look at them.
+template <backend B = cpu>
+struct layer_hook {
+  void* object = nullptr;
+  void (*call)(void* object, std::int32_t layer, view<const float, 3, B> q) = nullptr;
+};
+
+/// Models layer_attention. Dense by default; `kept` makes it guided and `recording` makes it leave weights behind.
+///
+/// Groups of `kept` are (layer, sequence, kv head), layer slowest; recordings are [layer, row, q_head, position].
+template <storage T, backend B = cpu>
+class attention_pass {
+ public:
+  /// The pages for the pass must be reserved; the caller advances the cache when the pass is over.
+  attention_pass(context<B>& ctx, kv_cache<T, B>& cache, pass_layout<B> layout)
+      : ctx_(&ctx), cache_(&cache), layout_(layout) {}
+
+  void guide_by(selection_view<B> kept) { kept_ = kept; }
+  void record(view<float, 4, B> weights, record_slots slots) {
+    weights_ = weights;
+    slots_ = slots;
+  }
+  void before_each_layer(layer_hook<B> hook) { hook_ = hook; }
+
+  void operator()(std::int32_t layer, view<const float, 3, B> q, view<const float, 3, B> k,
+                  view<const float, 3, B> v, view<float, 3, B> out) {
+    const std::int32_t sequences = layout_.sequences();
+    for (std::int32_t s = 0; s < sequences; ++s) {
+      const std::int32_t first = layout_.slot_offsets[s];
+      const std::int32_t count = layout_.slot_offsets[s + 1] - first;
+      if (count > 0) cache_->append(*ctx_, layer, layout_.cache_rows[s], k.slice(first, count), v.slice(first, count));
+    }
+    if (hook_.call != nullptr) hook_.call(hook_.object, layer, q);
+
+    attend_args<T, B> args;
+    args.q = q;
+    args.kv = cache_->layer(layer);
+    args.slot_offsets = layout_.slot_offsets;
+    args.kv_lens = layout_.kv_lens;
+    args.cache_rows = layout_.cache_rows;
+    args.out = out;
+    if (!kept_.counts.empty()) {
+      const std::ptrdiff_t groups = std::ptrdiff_t{sequences} * args.kv.kv_heads;
+      args.kept = kept_.slice(layer * groups, groups);
+      args.kept_sequence_stride = args.kv.kv_heads;
+    }
+    if (!weights_.empty()) args.recording = {weights_[layer], slots_};
+    attend(*ctx_, args);
+  }
+
+ private:
+  context<B>* ctx_;
+  kv_cache<T, B>* cache_;
+  pass_layout<B> layout_;
+  selection_view<B> kept_;
+  view<float, 4, B> weights_;
+  record_slots slots_ = record_slots::newest;
+  layer_hook<B> hook_;
+};
+
+}  // namespace specattn::inline v0_1

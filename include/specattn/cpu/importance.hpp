@@ -1,0 +1,136 @@
+// mix_importance() on the cpu: tiles of positions, so that the draft's rows are read once and stay in the L1 cache.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "../importance.hpp"
+#include "context.hpp"
+
+namespace specattn::inline v0_1::detail {
+
+template <>
+struct importance_impl<cpu> {
+  static constexpr std::int32_t tile = 256;  // 16 draft heads × 256 floats fill half of a 32 KB L1 cache
+
+  static std::size_t workspace_bytes(const context<cpu>& ctx, const sparse_mixture& mixture, std::ptrdiff_t steps) {
+    const auto heads = static_cast<std::size_t>(mixture.signals.draft_heads());
+    const auto tiles = static_cast<std::size_t>(ctx.threads()) * heads * tile;
+    return (static_cast<std::size_t>(steps) * heads + tiles) * sizeof(float);
+  }
+
+  static void run(context<cpu>& ctx, const sparse_mixture& mixture, const importance_args<cpu>& args) {
+    if (args.kv_len <= 0) return;
+    const auto heads = mixture.signals.draft_heads();
+    const auto steps = static_cast<std::int32_t>(args.draft_weights.extent(0));
+    auto* floats = reinterpret_cast<float*>(ctx.workspace(workspace_bytes(ctx, mixture, steps), "importance"));
+    float* scales = floats;
+    float* tiles = floats + std::ptrdiff_t{steps} * heads;
+    prefix_scales(args, scales);
+    const std::int32_t count = (args.kv_len + tile - 1) / tile;
+    ctx.parallel_for(count, [&](std::ptrdiff_t t, int member) {
+      const auto begin = static_cast<std::int32_t>(t) * tile;
+      const std::int32_t length = (std::min)(tile, args.kv_len - begin);
+      float* combined = tiles + std::ptrdiff_t{member} * heads * tile;
+      if (args.separate_steps) {
+        for (std::int32_t step = 0; step < steps; ++step) {
+          combine(args, scales, step, step + 1, begin, length, combined);
+          mix(mixture, args, combined, step, begin, length);
+        }
+      } else {
+        combine(args, scales, 0, steps, begin, length, combined);
+        mix(mixture, args, combined, 0, begin, length);
+      }
+    });
+  }
+
+ private:
+  /// scales[step, head] = 1 / mass that the row has on the prefix; 0 for a row with none.
+  static void prefix_scales(const importance_args<cpu>& args, float* scales) {
+    for (std::ptrdiff_t step = 0; step < args.draft_weights.extent(0); ++step) {
+      for (std::ptrdiff_t layer = 0; layer < args.draft_weights.extent(1); ++layer) {
+        for (std::ptrdiff_t head = 0; head < args.draft_weights.extent(2); ++head) {
+          const float* row = &args.draft_weights(step, layer, head, 0);
+          float tail = 0.0f;
+          for (std::int32_t i = args.kv_len; i < args.row_lengths[step]; ++i) tail += row[i];
+          float mass = 1.0f - tail;
+          if (mass < 1e-2f) {  // the difference has lost its digits
+            mass = 0.0f;
+            for (std::int32_t i = 0; i < args.kv_len; ++i) mass += row[i];
+          }
+          *scales++ = mass > 0.0f ? 1.0f / mass : 0.0f;
+        }
+      }
+    }
+  }
+
+  /// combined[head, i] = mean over the steps of the scaled rows, positions begin … begin + length.
+  static void combine(const importance_args<cpu>& args, const float* scales, std::int32_t first_step,
+                      std::int32_t last_step, std::int32_t begin, std::int32_t length, float* combined) {
+    const auto layers = static_cast<std::int32_t>(args.draft_weights.extent(1));
+    const auto q_heads = static_cast<std::int32_t>(args.draft_weights.extent(2));
+    const float share = 1.0f / static_cast<float>(last_step - first_step);
+    for (std::int32_t h = 0; h < layers * q_heads; ++h) {
+      float* out = combined + std::ptrdiff_t{h} * tile;
+      for (std::int32_t step = first_step; step < last_step; ++step) {
+        const float scale = scales[step * layers * q_heads + h] * share;
+        const float* row = &args.draft_weights(step, h / q_heads, h % q_heads, begin);
+        if (step == first_step) {
+          for (std::int32_t i = 0; i < length; ++i) out[i] = scale * row[i];
+        } else {
+          for (std::int32_t i = 0; i < length; ++i) out[i] += scale * row[i];
+        }
+      }
+    }
+  }
+
+  static void mix(const sparse_mixture& mixture, const importance_args<cpu>& args, const float* combined,
+                  std::int32_t out_row, std::int32_t begin, std::int32_t length) {
+    for (std::int32_t g = 0; g < mixture.groups(); ++g) {
+      float* out = &args.out(g / mixture.kv_heads, g % mixture.kv_heads, out_row, begin);
+      for (std::int32_t i = 0; i < length; ++i) out[i] = 0.0f;
+      for (std::int32_t t = mixture.first[static_cast<std::size_t>(g)];
+           t < mixture.first[static_cast<std::size_t>(g) + 1]; ++t) {
+        add_term(mixture, mixture.terms[static_cast<std::size_t>(t)], args, combined, g, begin, length, out);
+      }
+    }
+  }
+
+  static void add_term(const sparse_mixture& mixture, sparse_mixture::term term, const importance_args<cpu>& args,
+                       const float* combined, std::int32_t group, std::int32_t begin, std::int32_t length,
+                       float* out) {
+    const signal_set& signals = mixture.signals;
+    std::int32_t signal = term.signal;
+    if (signal < signals.draft_heads()) {
+      const float* row = combined + std::ptrdiff_t{signal} * tile;
+      for (std::int32_t i = 0; i < length; ++i) out[i] += term.coefficient * row[i];
+      return;
+    }
+    signal -= signals.draft_heads();
+    if (signal < static_cast<std::int32_t>(signals.windows.size())) {
+      const std::int32_t window = (std::min)(signals.windows[static_cast<std::size_t>(signal)], args.kv_len);
+      add_range(args.kv_len - window, args.kv_len, term.coefficient / static_cast<float>(window), begin, length, out);
+      return;
+    }
+    signal -= static_cast<std::int32_t>(signals.windows.size());
+    if (signals.sinks > 0 && signal == 0) {
+      const std::int32_t sinks = (std::min)(signals.sinks, args.kv_len);
+      add_range(0, sinks, term.coefficient / static_cast<float>(sinks), begin, length, out);
+      return;
+    }
+    if (args.history.empty()) return;
+    const float* row = &args.history(group, begin);
+    for (std::int32_t i = 0; i < length; ++i) out[i] += term.coefficient * row[i];
+  }
+
+  /// Adds `value` at positions [from, to) that fall into the tile at `begin`.
+  static void add_range(std::int32_t from, std::int32_t to, float value, std::int32_t begin, std::int32_t length,
+                        float* out) {
+    const std::int32_t first = (std::max)(from - begin, 0);
+    const std::int32_t last = (std::min)(to - begin, length);
+    for (std::int32_t i = first; i < last; ++i) out[i] += value;
+  }
+};
+
+}  // namespace specattn::inline v0_1::detail

@@ -1,0 +1,165 @@
+// The target's own queries guide it, page by page: Quest.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <numeric>
+#include <vector>
+
+#include "../buffer.hpp"
+#include "../guide.hpp"
+#include "context.hpp"
+
+namespace specattn::inline v0_1 {
+
+template <backend B>
+class page_guide;
+
+/// Quest (Tang et al., arXiv 2406.10774): each page of cached keys keeps its smallest and largest value of every
+/// dimension; a page's score is the largest product a query could reach inside that box, and the best pages are
+/// kept. Here for each kv head, over the largest score of the round's slots and the group's heads. The first page, the pages
+/// with the newest positions and a page that is not yet full are always kept.
+template <>
+class page_guide<cpu> : public idle_guide {
+ public:
+  page_guide() = default;
+  /// \param kept_share share of the prefix's pages to keep, forced pages included, in (0, 1]
+  /// \param page_size  positions of a page
+  explicit page_guide(float kept_share, std::int32_t page_size = 16) : share_(kept_share), page_size_(page_size) {
+    detail::expects(kept_share > 0.0f && kept_share <= 1.0f, "page_guide: kept_share ", kept_share,
+                    " is outside (0, 1]");
+    detail::expects(page_size >= 1, "page_guide: page_size ", page_size, " must be at least 1");
+  }
+
+  void prepare(const guide_setup& setup) {
+    shape_ = setup.target;
+    max_pages_ = (setup.max_positions + page_size_ - 1) / page_size_;
+    const auto groups = static_cast<std::size_t>(setup.max_sequences) * static_cast<std::size_t>(shape_.layers) *
+                        static_cast<std::size_t>(shape_.kv_heads);
+    boxes_ = buffer<float, cpu>(groups * static_cast<std::size_t>(max_pages_) * 2 *
+                                static_cast<std::size_t>(shape_.head_dim));
+    full_pages_.assign(groups, 0);
+    const auto work = static_cast<std::size_t>(setup.max_sequences) * static_cast<std::size_t>(shape_.kv_heads) *
+                      static_cast<std::size_t>(max_pages_);
+    scores_ = buffer<float, cpu>(work);
+    order_ = buffer<std::int32_t, cpu>(work);
+  }
+
+  void forget(std::int32_t cache_row) {
+    const std::ptrdiff_t groups = std::ptrdiff_t{shape_.layers} * shape_.kv_heads;
+    std::fill_n(full_pages_.begin() + cache_row * groups, groups, 0);
+  }
+
+  /// A page's box is two vectors: as many bytes as one position's key and value.
+  std::int64_t metadata_rows(std::int32_t kv_len) const { return kv_len / page_size_; }
+
+  template <storage T>
+  void before_layer(context<cpu>& ctx, round_state<T, cpu>& round, std::int32_t layer, view<const float, 3> q) {
+    ctx.parallel_for(std::ptrdiff_t{round.sequences()} * round.kv_heads, [&](std::ptrdiff_t i, int) {
+      const auto s = static_cast<std::int32_t>(i / round.kv_heads);
+      const auto h = static_cast<std::int32_t>(i % round.kv_heads);
+      update_boxes(round, layer, s, h);
+      const std::ptrdiff_t group = round.group(layer, s, h);
+      if (round.dense[static_cast<std::size_t>(s)] == 0 && round.kept.counts[group] != keep_all) {
+        score_pages(round, layer, s, h, q);
+        keep_best(round, s, group, i * max_pages_);
+      }
+    });
+  }
+
+ private:
+  float* box(std::ptrdiff_t slot, std::int32_t page) const {
+    return boxes_.data() + (slot * max_pages_ + page) * 2 * shape_.head_dim;
+  }
+  template <class Round>
+  std::ptrdiff_t slot_of(const Round& round, std::int32_t layer, std::int32_t s, std::int32_t h) const {
+    return (std::ptrdiff_t{round.cache_rows[static_cast<std::size_t>(s)]} * shape_.layers + layer) * shape_.kv_heads +
+           h;
+  }
+
+  /// Boxes of the pages that became full since the last round. A full page lies below kv_len for good, since a
+  /// round never rolls back below its own prefix.
+  template <storage T>
+  void update_boxes(const round_state<T, cpu>& round, std::int32_t layer, std::int32_t s, std::int32_t h) {
+    const std::int32_t full = round.kv_lens[static_cast<std::size_t>(s)] / page_size_;
+    const std::ptrdiff_t slot = slot_of(round, layer, s, h);
+    std::int32_t& done = full_pages_[static_cast<std::size_t>(slot)];
+    const kv_view<T, cpu> kv = round.target_cache->layer(layer);
+    for (; done < full; ++done) {
+      float* low = box(slot, done);
+      float* high = low + shape_.head_dim;
+      std::fill_n(low, shape_.head_dim, std::numeric_limits<float>::infinity());
+      std::fill_n(high, shape_.head_dim, -std::numeric_limits<float>::infinity());
+      for (std::int32_t i = done * page_size_; i < (done + 1) * page_size_; ++i) {
+        const T* key = kv.key(round.cache_rows[static_cast<std::size_t>(s)], i, h);
+        for (std::int32_t d = 0; d < shape_.head_dim; ++d) {
+          low[d] = (std::min)(low[d], to_float(key[d]));
+          high[d] = (std::max)(high[d], to_float(key[d]));
+        }
+      }
+    }
+  }
+
+  template <storage T>
+  void score_pages(const round_state<T, cpu>& round, std::int32_t layer, std::int32_t s, std::int32_t h,
+                   view<const float, 3> q) {
+    const std::int32_t pages = round.kv_lens[static_cast<std::size_t>(s)] / page_size_;
+    const auto heads_a_group = static_cast<std::int32_t>(q.extent(1)) / round.kv_heads;
+    float* scores = scores_.data() + (std::ptrdiff_t{s} * round.kv_heads + h) * max_pages_;
+    std::fill_n(scores, pages, -std::numeric_limits<float>::infinity());
+    const std::ptrdiff_t slot = slot_of(round, layer, s, h);
+    for (std::int32_t row = round.slot_offsets[static_cast<std::size_t>(s)];
+         row < round.slot_offsets[static_cast<std::size_t>(s) + 1]; ++row) {
+      for (std::int32_t head = h * heads_a_group; head < (h + 1) * heads_a_group; ++head) {
+        for (std::int32_t page = 0; page < pages; ++page) {
+          const float* low = box(slot, page);
+          const float* high = low + shape_.head_dim;
+          float score = 0.0f;
+          for (std::int32_t d = 0; d < shape_.head_dim; ++d) {
+            score += (std::max)(q(row, head, d) * low[d], q(row, head, d) * high[d]);
+          }
+          scores[page] = (std::max)(scores[page], score);
+        }
+      }
+    }
+  }
+
+  template <class Round>
+  void keep_best(const Round& round, std::int32_t s, std::ptrdiff_t group, std::ptrdiff_t work) {
+    const std::int32_t kv_len = round.kv_lens[static_cast<std::size_t>(s)];
+    const std::int32_t full = kv_len / page_size_;
+    const std::int32_t all = (kv_len + page_size_ - 1) / page_size_;
+    const auto wanted = static_cast<std::int32_t>(std::ceil(share_ * static_cast<float>(all)));
+    float* scores = scores_.data() + work;
+    std::int32_t* order = order_.data() + work;
+    constexpr float forced = std::numeric_limits<float>::infinity();
+    if (full > 0) scores[0] = scores[full - 1] = forced;
+    const std::int32_t take = (std::min)(full, (std::max)(0, wanted - (all - full)));
+    std::iota(order, order + full, 0);
+    const auto heavier = [scores](std::int32_t a, std::int32_t b) {
+      return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
+    };
+    if (take < full) std::nth_element(order, order + take, order + full, heavier);
+    std::sort(order, order + take);
+    std::int32_t count = 0;
+    for (std::int32_t i = 0; i < take; ++i) {
+      for (std::int32_t p = 0; p < page_size_; ++p) round.kept.positions(group, count++) = order[i] * page_size_ + p;
+    }
+    for (std::int32_t p = full * page_size_; p < kv_len; ++p) round.kept.positions(group, count++) = p;
+    round.kept.counts[group] = count;
+  }
+
+  float share_ = 0.25f;
+  std::int32_t page_size_ = 16;
+  model_shape shape_;
+  std::int32_t max_pages_ = 0;
+  buffer<float, cpu> boxes_;              // [rows, layers, kv_heads, pages, low | high, head_dim]
+  std::vector<std::int32_t> full_pages_;  // [rows, layers, kv_heads] pages whose box is made
+  buffer<float, cpu> scores_;             // [sequences, kv_heads, pages]
+  buffer<std::int32_t, cpu> order_;
+};
+
+}  // namespace specattn::inline v0_1

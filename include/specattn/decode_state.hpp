@@ -1,0 +1,152 @@
+// The memory of a decoding loop: sequences and the arrays of one round, all allocated once.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "buffer.hpp"
+#include "decode_options.hpp"
+#include "error.hpp"
+#include "kv_cache.hpp"
+#include "model.hpp"
+#include "selection.hpp"
+#include "view.hpp"
+
+namespace specattn::inline v0_1::detail {
+
+/// One running text. The target has cached everything but its last token; the draft may lack the last two.
+struct sequence_state {
+  bool active = false;
+  std::vector<std::int32_t> text;
+  std::vector<std::int32_t> stop_tokens;
+  std::int32_t prompt_length = 0;
+  std::int32_t max_new_tokens = 0;
+  std::int32_t exact_length = 0;          ///< leading target rows that dense passes over dense rows computed
+  std::int32_t rounds_since_refresh = 0;
+  sampler_options sampler;
+  finish_reason finish = finish_reason::running;
+  decode_counts counts;
+};
+
+/// Host arrays of a pass, with room for the largest.
+struct pass_arrays {
+  pass_arrays() = default;
+  pass_arrays(std::int32_t max_sequences, std::int32_t max_slots)
+      : tokens(static_cast<std::size_t>(max_slots)),
+        positions(static_cast<std::size_t>(max_slots)),
+        logit_rows(static_cast<std::size_t>(max_slots)),
+        slot_offsets(static_cast<std::size_t>(max_sequences) + 1),
+        kv_lens(static_cast<std::size_t>(max_sequences)) {}
+
+  void clear() { slots = rows = sequences = 0; }
+  void begin_sequence(std::int32_t kv_len) {
+    kv_lens.data()[sequences] = kv_len;
+    slot_offsets.data()[sequences] = slots;
+  }
+  void add_slot(std::int32_t token, std::int32_t position, bool wants_logits) {
+    if (wants_logits) logit_rows.data()[rows++] = slots;
+    tokens.data()[slots] = token;
+    positions.data()[slots++] = position;
+  }
+  void end_sequence() { slot_offsets.data()[++sequences] = slots; }
+
+  forward_batch batch() const {
+    const auto n = static_cast<std::size_t>(slots);
+    return {{tokens.data(), n}, {positions.data(), n}, {logit_rows.data(), static_cast<std::size_t>(rows)}};
+  }
+
+  buffer<std::int32_t, cpu> tokens, positions, logit_rows, slot_offsets, kv_lens;
+  std::int32_t slots = 0;
+  std::int32_t rows = 0;
+  std::int32_t sequences = 0;
+};
+
+/// Every size a decoder derives from its options and models, in one place, so that what is announced is what is
+/// allocated.
+struct decode_sizes {
+  decode_sizes() = default;
+  decode_sizes(const model_shape& target, const model_shape& draft, const decode_options& options) {
+    sequences = options.max_sequences;
+    positions = options.max_positions > 0 ? options.max_positions : target.max_positions;
+    judged = sequences * (options.draft_length + 1);
+    const std::int32_t replay = options.refresh_every * (options.draft_length + 1);
+    verify_slots = judged + sequences * replay;
+    steps = options.draft_length == 0 ? 0
+            : options.record_steps == 0 ? options.draft_length
+                                        : (std::min)(options.record_steps, options.draft_length);
+    target_cache = {.sequences = sequences, .layers = target.layers, .kv_heads = target.kv_heads,
+                    .head_dim = target.head_dim, .max_positions = positions, .page_size = options.page_size};
+    draft_cache = {.sequences = sequences, .layers = draft.layers, .kv_heads = draft.kv_heads,
+                   .head_dim = draft.head_dim, .max_positions = positions, .page_size = options.page_size};
+    target_groups = std::ptrdiff_t{target.layers} * sequences * target.kv_heads;
+    draft_groups = std::ptrdiff_t{draft.layers} * sequences * draft.kv_heads;
+    draft_weights = std::size_t(steps) * std::size_t(draft.layers) * std::size_t(sequences) *
+                    std::size_t(draft.q_heads) * std::size_t(positions);
+    target_weights = std::size_t(target.layers) * std::size_t(verify_slots) * std::size_t(target.q_heads) *
+                     std::size_t(positions);
+  }
+
+  std::int32_t sequences = 0;
+  std::int32_t positions = 0;
+  std::int32_t judged = 0;        ///< slots whose logits are wanted
+  std::int32_t verify_slots = 0;  ///< with replayed ones
+  std::int32_t steps = 0;         ///< recorded draft steps
+  kv_cache_shape target_cache, draft_cache;
+  std::ptrdiff_t target_groups = 0;
+  std::ptrdiff_t draft_groups = 0;
+  std::size_t draft_weights = 0;   ///< floats
+  std::size_t target_weights = 0;  ///< floats
+};
+
+/// What a decoder refuses, with the values.
+inline void check_decode(const model_shape& target, const model_shape& draft, const decode_options& o,
+                         const decode_sizes& sizes) {
+  expects(o.draft_length >= 0 && o.draft_length <= max_draft_length, "decode: draft_length ", o.draft_length,
+          " is outside 0 … ", max_draft_length);
+  expects(draft.layers > 0 || o.draft_length == 0, "decode: draft_length ", o.draft_length, " without a draft model");
+  expects(o.max_sequences >= 1, "decode: max_sequences ", o.max_sequences, " must be at least 1");
+  expects(o.record_steps >= 0 && o.refresh_every >= 0 && o.min_context >= 0 && o.dense_layers >= 0,
+          "decode: record_steps ", o.record_steps, ", refresh_every ", o.refresh_every, ", min_context ",
+          o.min_context, " and dense_layers ", o.dense_layers, " must not be negative");
+  expects(sizes.positions >= 1 && sizes.positions <= target.max_positions, "decode: max_positions ",
+          sizes.positions, " is outside 1 … ", target.max_positions, ", the target's context");
+  expects(sizes.verify_slots <= target.max_slots, "decode: a verify pass may take ", sizes.verify_slots,
+          " slots (max_sequences × (draft_length + 1) × (refresh_every + 1)), the target takes ", target.max_slots);
+  expects(o.prefill_chunk >= 1, "decode: prefill_chunk ", o.prefill_chunk, " must be at least 1");
+  if (o.draft_length == 0) return;
+  expects(draft.vocab == target.vocab, "decode: the draft's vocab is ", draft.vocab, ", the target's ", target.vocab);
+  expects(draft.max_positions >= sizes.positions, "decode: the draft's context is ", draft.max_positions,
+          " positions, ", sizes.positions, " are asked for");
+  expects(2 * o.max_sequences <= draft.max_slots, "decode: a draft step needs two slots a sequence: ",
+          2 * o.max_sequences, ", the draft takes ", draft.max_slots);
+}
+
+/// Who takes part in a round, in batch order, and what was drafted for them.
+struct round_batch {
+  round_batch() = default;
+  round_batch(const decode_sizes& sizes, std::int32_t vocab)
+      : rows(static_cast<std::size_t>(sizes.sequences)),
+        draft_lengths(static_cast<std::size_t>(sizes.sequences)),
+        judged_offsets(static_cast<std::size_t>(sizes.sequences) + 1),
+        drafted(static_cast<std::size_t>(sizes.judged)),
+        probabilities(static_cast<std::size_t>(sizes.judged) * static_cast<std::size_t>(vocab)) {}
+
+  std::int32_t first_drafted(std::int32_t s) const { return judged_offsets.data()[s] - s; }
+  std::int32_t& draft_length(std::int32_t s) const { return draft_lengths.data()[s]; }
+  std::int32_t longest_draft() const {
+    return size == 0 ? 0 : *std::max_element(draft_lengths.data(), draft_lengths.data() + size);
+  }
+
+  std::int32_t size = 0;
+  buffer<std::int32_t, cpu> rows;            ///< [sequences] cache rows
+  buffer<std::int32_t, cpu> draft_lengths;   ///< [sequences] γ of this round
+  buffer<std::int32_t, cpu> judged_offsets;  ///< [sequences + 1] slots whose logits are wanted: γ + 1 each
+  buffer<std::int32_t, cpu> drafted;         ///< drafted tokens, a sequence's from first_drafted(s)
+  buffer<float, cpu> probabilities;          ///< [drafted, vocab] what they were drawn from
+  std::span<const std::int32_t> forced;      ///< score(): the text that is drafted and accepted; empty: none
+};
+
+}  // namespace specattn::inline v0_1::detail

@@ -1,0 +1,203 @@
+// The draft's attention of this round guides the target: the paper's rule, and mixtures of signals.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+#include "alignment.hpp"
+#include "buffer.hpp"
+#include "guide.hpp"
+#include "importance.hpp"
+#include "select.hpp"
+
+namespace specattn::inline v0_1 {
+
+/// Importance is the alignment's mixture of the draft's weights (with recency, sinks and the target's own previous
+/// round where the alignment has those signals); the rule selects from it. With `alignment::layer_map_only()` and
+/// `rule.rows == combine::unite` it is the paper's method: the draft steps' sets united.
+///
+/// A rule with rows == combine::unite selects from each recorded step and unites; any other averages the steps first,
+/// which is cheaper and, at equal reduction, as good.
+template <backend B = cpu>
+class draft_guide : public idle_guide {
+ public:
+  draft_guide() = default;
+  /// \throws contract_error when the alignment is inconsistent
+  draft_guide(const alignment& from, const selection_rule& rule) : rule_(rule) {
+    from.check();
+    target_layers_ = from.target.layers;
+    target_kv_heads_ = from.target.kv_heads;
+    mixture_ = make_sparse_mixture(from);
+  }
+
+  const selection_rule& rule() const { return rule_; }
+  void set_rule(const selection_rule& rule) {
+    detail::expects(rule.rows == rule_.rows || max_positions_ == 0,
+                    "draft_guide: how rows combine is fixed once prepare() has allocated for it");
+    rule_ = rule;
+  }
+
+  void prepare(const guide_setup& setup) {
+    const signal_set& signals = mixture_.signals;
+    detail::expects(setup.target.layers == target_layers_ && setup.target.kv_heads == target_kv_heads_,
+                    "draft_guide: the alignment is for a target of ", target_layers_, " layers × ", target_kv_heads_,
+                    " kv_heads, this one has ", setup.target.layers, " × ", setup.target.kv_heads);
+    detail::expects(setup.draft.layers == signals.draft_layers && setup.draft.q_heads == signals.draft_q_heads,
+                    "draft_guide: the alignment is for a draft of ", signals.draft_layers, " layers × ",
+                    signals.draft_q_heads, " q_heads, this one has ", setup.draft.layers, " × ", setup.draft.q_heads);
+    detail::expects(setup.recorded_steps >= 1, "draft_guide: at least one draft step must be recorded a round");
+    max_positions_ = setup.max_positions;
+    max_rows_ = rule_.rows == combine::unite ? setup.recorded_steps : 1;
+    steps_ = setup.recorded_steps;
+    groups_ = target_layers_ * target_kv_heads_;
+    max_sequences_ = setup.max_sequences;
+    const auto cells = static_cast<std::size_t>(groups_) * static_cast<std::size_t>(max_positions_);
+    importance_ = buffer<float, B>(static_cast<std::size_t>(max_sequences_ * max_rows_) * cells);
+    lengths_ = buffer<std::int32_t, B>(static_cast<std::size_t>(max_sequences_ * groups_));
+    if (signals.history) {
+      history_ = buffer<float, B>(static_cast<std::size_t>(max_sequences_) * cells);
+      history_valid_.assign(static_cast<std::size_t>(max_sequences_), 0);
+    }
+  }
+
+  guide_needs needs() const { return {true, mixture_.signals.history}; }
+
+  std::size_t workspace_bytes(const context<B>& ctx) const {
+    return (std::max)(importance_workspace_bytes(ctx, mixture_, steps_),
+                      select_workspace_bytes(ctx, std::ptrdiff_t{max_sequences_} * groups_, max_rows_, max_positions_,
+                                             rule_));
+  }
+
+  template <storage T>
+  void before_verify(context<B>& ctx, round_state<T, B>& round) {
+    const std::int32_t sequences = round.sequences();
+    const std::int32_t longest = sequences == 0 ? 0 : *std::max_element(round.kv_lens.begin(), round.kv_lens.end());
+    const view<float, 3, B> out(importance_.data(),
+                                {std::ptrdiff_t{groups_} * sequences, max_rows_, (std::max)(longest, 1)});
+    for (std::int32_t s = 0; s < sequences; ++s) weigh(ctx, round, s, out);
+    importance<float, B> from;
+    from.weights = out;
+    from.kv_lens = lengths_.shaped({std::ptrdiff_t{groups_} * sequences});
+    selection_rule rule = rule_;
+    if (rule.rows == combine::mean && max_rows_ == 1) rule.rows = combine::unite;  // one row: nothing to combine
+    select(ctx, from, rule, round.kept);
+    for (std::int32_t s = 0; s < sequences; ++s) {
+      if (steps_of(round, s) > 0) continue;
+      for (std::int32_t layer = 0; layer < target_layers_; ++layer) round.keep_everything(layer, s);
+    }
+  }
+
+  /// Takes the mean over a round's emitted slots and the group's heads as the next round's history.
+  template <storage T>
+  void after_verify(context<B>& ctx, round_state<T, B>& round) {
+    if (!mixture_.signals.history) return;
+    ctx.parallel_for(std::ptrdiff_t{round.sequences()} * groups_, [&](std::ptrdiff_t i, int) {
+      remember(round, static_cast<std::int32_t>(i / groups_), static_cast<std::int32_t>(i % groups_));
+    });
+    for (std::int32_t s = 0; s < round.sequences(); ++s) {
+      history_valid_[static_cast<std::size_t>(round.cache_rows[static_cast<std::size_t>(s)])] = 1;
+    }
+  }
+
+  /// Forgets a cache row's history: its sequence has ended.
+  void forget(std::int32_t cache_row) {
+    if (!history_valid_.empty()) history_valid_[static_cast<std::size_t>(cache_row)] = 0;
+  }
+
+ private:
+  template <storage T>
+  static std::int32_t steps_of(const round_state<T, B>& round, std::int32_t s) {
+    std::int32_t steps = 0;
+    while (steps < round.draft_row_lengths.extent(1) && round.draft_row_lengths(s, steps) > 0) ++steps;
+    return steps;
+  }
+
+  view<float, 2, B> history_of(std::int32_t cache_row) const {
+    const std::ptrdiff_t cells = std::ptrdiff_t{groups_} * max_positions_;
+    return {history_.data() + cache_row * cells, {groups_, max_positions_}};
+  }
+
+  /// The importance of one sequence, whose groups lie sequences * kv_heads apart from layer to layer.
+  template <storage T>
+  void weigh(context<B>& ctx, round_state<T, B>& round, std::int32_t s, view<float, 3, B> out) {
+    const std::int32_t kv_len = round.kv_lens[static_cast<std::size_t>(s)];
+    const std::int32_t steps = steps_of(round, s);
+    const bool skip = steps == 0 || round.dense[static_cast<std::size_t>(s)] != 0;
+    for (std::int32_t g = 0; g < groups_; ++g) {
+      lengths_.data()[round.group(g / target_kv_heads_, s, g % target_kv_heads_)] = skip ? 0 : kv_len;
+    }
+    if (skip) return;
+    const std::int32_t row = round.cache_rows[static_cast<std::size_t>(s)];
+    importance_args<B> args;
+    args.draft_weights = sequence_weights(round, s, steps);
+    args.row_lengths = round.draft_row_lengths[s].slice(0, steps);
+    args.kv_len = kv_len;
+    args.separate_steps = max_rows_ > 1;
+    if (!history_valid_.empty() && history_valid_[static_cast<std::size_t>(row)] != 0) args.history = history_of(row);
+    const std::ptrdiff_t group_stride = out.stride(0);
+    args.out = {out.data() + s * target_kv_heads_ * group_stride,
+                {target_layers_, target_kv_heads_, args.separate_steps ? steps : 1, out.extent(2)},
+                {round.sequences() * target_kv_heads_ * group_stride, group_stride, out.stride(1), 1}};
+    mix_importance(ctx, mixture_, args);
+    // A sequence that drafted fewer steps than others leaves its last rows zero: an empty row adds no position.
+    for (std::int32_t g = 0; args.separate_steps && g < groups_; ++g) {
+      for (std::int32_t r = steps; r < max_rows_; ++r) {
+        float* row_out = &out(round.group(g / target_kv_heads_, s, g % target_kv_heads_), r, 0);
+        std::fill(row_out, row_out + kv_len, 0.0f);
+      }
+    }
+  }
+
+  template <storage T>
+  static view<const float, 4, B> sequence_weights(const round_state<T, B>& round, std::int32_t s, std::int32_t steps) {
+    const auto& all = round.draft_weights;
+    return {all.data() + s * all.stride(2),
+            {steps, all.extent(1), all.extent(3), all.extent(4)},
+            {all.stride(0), all.stride(1), all.stride(3), all.stride(4)}};
+  }
+
+  template <storage T>
+  void remember(const round_state<T, B>& round, std::int32_t s, std::int32_t g) {
+    const std::int32_t kv_len = round.kv_lens[static_cast<std::size_t>(s)];
+    const std::int32_t first_slot = round.slot_offsets[static_cast<std::size_t>(s)];
+    const std::int32_t begin = round.replayed[static_cast<std::size_t>(s)];
+    const std::int32_t used = round.accepted[static_cast<std::size_t>(s)] + 1;
+    const std::int32_t layer = g / target_kv_heads_;
+    const std::int32_t head = g % target_kv_heads_;
+    const auto heads_a_group = static_cast<std::int32_t>(round.target_weights.extent(2)) / target_kv_heads_;
+    const std::ptrdiff_t group = round.group(layer, s, head);
+    const std::int32_t count = round.kept.counts[group];
+    const std::int32_t attended = count == keep_all ? kv_len : count;
+    float* out = &history_of(round.cache_rows[static_cast<std::size_t>(s)])(g, 0);
+    std::fill(out, out + (std::min)(kv_len + begin + used, max_positions_), 0.0f);
+    const float share = 1.0f / static_cast<float>(used * heads_a_group);
+    for (std::int32_t slot = begin; slot < begin + used; ++slot) {
+      for (std::int32_t q = head * heads_a_group; q < (head + 1) * heads_a_group; ++q) {
+        const float* row = &round.target_weights(layer, first_slot + slot, q, 0);
+        for (std::int32_t i = 0; i < attended; ++i) {
+          out[count == keep_all ? i : round.kept.positions(group, i)] += share * row[i];
+        }
+        for (std::int32_t i = 0; i <= slot; ++i) out[kv_len + i] += share * row[attended + i];
+      }
+    }
+  }
+
+  selection_rule rule_;
+  sparse_mixture mixture_;
+  std::int32_t target_layers_ = 0;
+  std::int32_t target_kv_heads_ = 0;
+  std::int32_t groups_ = 0;
+  std::int32_t max_sequences_ = 0;
+  std::int32_t max_positions_ = 0;
+  std::int32_t max_rows_ = 1;
+  std::int32_t steps_ = 0;
+  buffer<float, B> importance_;
+  buffer<std::int32_t, B> lengths_;
+  buffer<float, B> history_;
+  std::vector<std::uint8_t> history_valid_;
+};
+
+}  // namespace specattn::inline v0_1

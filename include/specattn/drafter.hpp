@@ -1,0 +1,222 @@
+// The draft's half of a round: propose tokens, leave attention weights behind, keep the draft's cache in step.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "attention_pass.hpp"
+#include "decode_options.hpp"
+#include "decode_state.hpp"
+#include "kv_cache.hpp"
+#include "model.hpp"
+#include "select.hpp"
+#include "verify.hpp"
+
+namespace specattn::inline v0_1::detail {
+
+/// Used by decoder. Every sequence of the batch stays in every draft step, without slots once it has drafted enough,
+/// so that recorded rows keep their place.
+template <storage T, class Draft, backend B>
+class drafter {
+ public:
+  drafter(context<B>& ctx, Draft& draft, const decode_options& options, const decode_sizes& sizes, bool record)
+      : ctx_(&ctx), draft_(&draft), options_(options), shape_(draft.shape()), steps_(sizes.steps),
+        capacity_(sizes.positions), cache_(sizes.draft_cache), record_(record || options.sparse_draft),
+        pass_(sizes.sequences, (std::max)(options.prefill_chunk, 2 * sizes.sequences)) {
+    const auto sequences = static_cast<std::size_t>(sizes.sequences);
+    if (record_) weights_ = buffer<float, B>(sizes.draft_weights);
+    if (options.sparse_draft) kept_ = selection<B>(sizes.draft_groups, capacity_);
+    group_lens_ = buffer<std::int32_t, B>(static_cast<std::size_t>(sizes.draft_groups));
+    row_lengths_ = buffer<std::int32_t, B>(sequences * static_cast<std::size_t>(steps_));
+    logits_ = buffer<float, B>(sequences * static_cast<std::size_t>(shape_.vocab));
+  }
+
+  std::size_t workspace_bytes(const context<B>& ctx, std::int32_t sequences) const {
+    const std::int32_t slots = (std::max)(options_.prefill_chunk, 2 * sequences);
+    std::size_t need = attend_workspace_bytes(
+        ctx, {sequences, slots, shape_.q_heads, shape_.kv_heads, shape_.head_dim, capacity_});
+    if (options_.sparse_draft) {
+      need = (std::max)(need, select_workspace_bytes(ctx, std::ptrdiff_t{shape_.layers} * sequences * shape_.kv_heads,
+                                                     shape_.q_heads / shape_.kv_heads, capacity_,
+                                                     options_.draft_rule));
+    }
+    return need;
+  }
+
+  Draft& model() { return *draft_; }
+  kv_cache<T, B>& cache() { return cache_; }
+
+  /// Drafts for the whole batch into batch.drafted (and batch.probabilities where it samples).
+  void run(round_batch& batch, std::vector<sequence_state>& sequences, decode_counts& counts) {
+    sparse_ = false;
+    std::fill_n(row_lengths_.data(), row_lengths_.size(), 0);
+    const std::int32_t longest = batch.longest_draft();
+    for (std::int32_t step = 0; step < longest; ++step) {
+      gather(step, batch, sequences);
+      forward(step, batch, counts);
+      choose(step, batch, sequences);
+      if (options_.sparse_draft && step + 1 == steps_ && step + 1 < longest) select_own(step, batch);
+    }
+  }
+
+  /// [steps, layers, sequences, q_heads, positions] of the last run.
+  view<const float, 5, B> weights(std::int32_t sequences) const {
+    if (!record_) return {};
+    return view<const float, 5, B>(weights_.data(),
+                                   {steps_, shape_.layers, sequences, shape_.q_heads, capacity_});
+  }
+  view<const std::int32_t, 2, B> row_lengths(std::int32_t sequences) const {
+    return view<const std::int32_t, 2, B>(row_lengths_.data(), {sequences, (std::max)(steps_, 1)});
+  }
+
+ private:
+  /// The first step feeds what the draft has not cached yet (one token, or two after a fully accepted round); later
+  /// steps feed the token drafted before.
+  void gather(std::int32_t step, const round_batch& batch, const std::vector<sequence_state>& sequences) {
+    pass_.clear();
+    for (std::int32_t s = 0; s < batch.size; ++s) {
+      const std::int32_t row = batch.rows.data()[s];
+      const std::int32_t cached = cache_.length(row);
+      const auto& text = sequences[static_cast<std::size_t>(row)].text;
+      pass_.begin_sequence(cached);
+      if (batch.draft_length(s) > step) {
+        const auto end = static_cast<std::int32_t>(text.size());
+        if (step == 0) {
+          for (std::int32_t i = cached; i < end; ++i) {
+            pass_.add_slot(text[static_cast<std::size_t>(i)], i, i + 1 == end);
+          }
+        } else {
+          pass_.add_slot(batch.drafted.data()[batch.first_drafted(s) + step - 1], end + step - 1, true);
+        }
+      }
+      pass_.end_sequence();
+    }
+  }
+
+  void forward(std::int32_t step, const round_batch& batch, decode_counts& counts) {
+    attention_pass<T, B> pass(*ctx_, cache_,
+                              {pass_.slot_offsets.shaped({batch.size + 1}), pass_.kv_lens.shaped({batch.size}),
+                               batch.rows.shaped({batch.size})});
+    if (record_ && step < steps_) {
+      const std::ptrdiff_t per_step =
+          std::ptrdiff_t{shape_.layers} * batch.size * shape_.q_heads * capacity_;
+      pass.record({weights_.data() + step * per_step, {shape_.layers, batch.size, shape_.q_heads, capacity_}},
+                  record_slots::newest);
+    }
+    if (sparse_) pass.guide_by(kept_view(batch.size));
+    for (std::int32_t s = 0; s < batch.size; ++s) cache_.reserve(batch.rows.data()[s], slots_of(s));
+    draft_->forward(*ctx_, pass_.batch(), pass, view<float, 2, B>(logits_.data(), {pass_.rows, shape_.vocab}));
+    for (std::int32_t s = 0; s < batch.size; ++s) {
+      count_rows(s, batch.size, counts);
+      const std::int32_t row = batch.rows.data()[s];
+      cache_.advance(row, slots_of(s));
+      if (record_ && step < steps_ && slots_of(s) > 0) {
+        row_lengths_.data()[s * steps_ + step] = cache_.length(row);
+      }
+      if (sparse_ && slots_of(s) > 0) extend_lists(s, batch.size);
+    }
+  }
+
+  /// Draws (or, when scoring, looks up) the token of each sequence that drafts in this step.
+  void choose(std::int32_t step, const round_batch& batch, const std::vector<sequence_state>& sequences) {
+    std::int32_t logit_row = 0;
+    for (std::int32_t s = 0; s < batch.size; ++s) {
+      if (batch.draft_length(s) <= step) continue;
+      const auto& seq = sequences[static_cast<std::size_t>(batch.rows.data()[s])];
+      const auto position = static_cast<std::int64_t>(seq.text.size()) + step;
+      const std::ptrdiff_t at = batch.first_drafted(s) + step;
+      if (!batch.forced.empty()) {
+        batch.drafted.data()[at] = batch.forced[static_cast<std::size_t>(position)];
+      } else {
+        sample(*ctx_, view<const float, 2, B>(logits_.data() + std::ptrdiff_t{logit_row} * shape_.vocab,
+                                              {1, shape_.vocab}),
+               view<const sampler_options, 1, B>(&seq.sampler, {1}), view<const std::int64_t, 1, B>(&position, {1}),
+               random_use::draft,
+               view<float, 2, B>(batch.probabilities.data() + at * shape_.vocab, {1, shape_.vocab}),
+               view<std::int32_t, 1, B>(batch.drafted.data() + at, {1}));
+        expects(batch.drafted.data()[at] != no_token, "decode: the draft's logits for position ", position,
+                " of row ", batch.rows.data()[s], " hold no finite value");
+      }
+      ++logit_row;
+    }
+  }
+
+  /// After the recorded steps: what the remaining ones read, from the newest recorded weights.
+  void select_own(std::int32_t step, const round_batch& batch) {
+    const std::ptrdiff_t groups = std::ptrdiff_t{shape_.layers} * batch.size * shape_.kv_heads;
+    const std::ptrdiff_t heads = shape_.q_heads / shape_.kv_heads;
+    const std::ptrdiff_t per_step = std::ptrdiff_t{shape_.layers} * batch.size * shape_.q_heads * capacity_;
+    std::int32_t longest = 1;
+    for (std::int32_t s = 0; s < batch.size; ++s) {
+      const std::int32_t length = row_lengths_.data()[s * steps_ + step];
+      longest = (std::max)(longest, length);
+      for (std::int32_t layer = 0; layer < shape_.layers; ++layer) {
+        for (std::int32_t h = 0; h < shape_.kv_heads; ++h) group_lens_.data()[group(layer, s, h, batch.size)] = length;
+      }
+    }
+    importance<float, B> from;
+    from.weights = {weights_.data() + step * per_step, {groups, heads, longest}, {heads * capacity_, capacity_, 1}};
+    from.kv_lens = group_lens_.shaped({groups});
+    select(*ctx_, from, options_.draft_rule, kept_view(batch.size));
+    sparse_ = true;
+  }
+
+  selection_view<B> kept_view(std::int32_t sequences) const {
+    return kept_.view().slice(0, std::ptrdiff_t{shape_.layers} * sequences * shape_.kv_heads);
+  }
+  std::ptrdiff_t group(std::int32_t layer, std::int32_t s, std::int32_t h, std::int32_t sequences) const {
+    return (std::ptrdiff_t{layer} * sequences + s) * shape_.kv_heads + h;
+  }
+  std::int32_t slots_of(std::int32_t s) const {
+    return pass_.slot_offsets.data()[s + 1] - pass_.slot_offsets.data()[s];
+  }
+
+  /// The token just cached becomes prefix for the next step: every list takes it.
+  void extend_lists(std::int32_t s, std::int32_t sequences) {
+    const selection_view<B> kept = kept_view(sequences);
+    const std::int32_t position = pass_.kv_lens.data()[s];
+    for (std::int32_t layer = 0; layer < shape_.layers; ++layer) {
+      for (std::int32_t h = 0; h < shape_.kv_heads; ++h) {
+        const std::ptrdiff_t g = group(layer, s, h, sequences);
+        if (kept.counts[g] != keep_all) kept.positions(g, kept.counts[g]++) = position;
+      }
+    }
+  }
+
+  void count_rows(std::int32_t s, std::int32_t sequences, decode_counts& counts) const {
+    const std::int32_t slots = slots_of(s);
+    if (slots == 0) return;
+    const std::int64_t all = pass_.kv_lens.data()[s] + slots;
+    counts.draft_rows_dense += all * shape_.layers * shape_.kv_heads;
+    if (!sparse_) {
+      counts.draft_rows_read += all * shape_.layers * shape_.kv_heads;
+      return;
+    }
+    const selection_view<B> kept = kept_view(sequences);
+    for (std::int32_t layer = 0; layer < shape_.layers; ++layer) {
+      for (std::int32_t h = 0; h < shape_.kv_heads; ++h) {
+        counts.draft_rows_read += kept.counts[group(layer, s, h, sequences)] + slots;
+      }
+    }
+  }
+
+  context<B>* ctx_;
+  Draft* draft_;
+  decode_options options_;
+  model_shape shape_;
+  std::int32_t steps_;
+  std::int32_t capacity_;
+  kv_cache<T, B> cache_;
+  bool record_;
+  bool sparse_ = false;  // this round's lists are made
+  pass_arrays pass_;
+  buffer<float, B> weights_;  // [steps, layers, sequences, q_heads, positions]
+  selection<B> kept_;
+  buffer<float, B> logits_;
+  buffer<std::int32_t, B> group_lens_, row_lengths_;
+};
+
+}  // namespace specattn::inline v0_1::detail

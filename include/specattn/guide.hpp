@@ -1,0 +1,144 @@
+// What guides a round: a policy that decides, between draft and verify, what the target reads.
+#pragma once
+
+#include <algorithm>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "backend.hpp"
+#include "kv_cache.hpp"
+#include "model.hpp"
+#include "select.hpp"
+#include "selection.hpp"
+#include "view.hpp"
+
+namespace specattn::inline v0_1 {
+
+/// The maxima a guide must be ready for. It allocates in prepare(), never in a round.
+struct guide_setup {
+  model_shape target;
+  model_shape draft;                ///< layers 0: there is no draft
+  std::int32_t max_sequences = 1;
+  std::int32_t max_positions = 0;
+  std::int32_t max_slots = 1;       ///< of all sequences in one verify pass
+  std::int32_t recorded_steps = 0;  ///< draft steps recorded a round
+};
+
+/// What a guide wants recorded.
+struct guide_needs {
+  bool draft_weights = false;   ///< the draft's weights of this round
+  bool target_weights = false;  ///< the target's own weights of every slot, for the next round
+};
+
+/// One round as a guide sees it. Sequences are in the order of the batch; groups of `kept` are (layer, sequence,
+/// kv head), layer slowest. Everything is valid during the call only.
+template <storage T, backend B = cpu>
+struct round_state {
+  const kv_cache<T, B>* target_cache = nullptr;
+  std::span<const std::int32_t> cache_rows;      ///< [sequences] identifies a sequence from round to round
+  std::span<const std::int32_t> kv_lens;         ///< [sequences] prefix of the verify pass
+  std::span<const std::int32_t> slot_offsets;    ///< [sequences + 1] of the verify pass
+  std::span<const std::uint8_t> dense;           ///< [sequences] 1: this sequence's round is dense, whatever the guide
+  std::span<const std::int32_t> replayed;        ///< [sequences] leading slots that only rewrite known positions
+  std::span<const std::int32_t> accepted;        ///< [sequences] valid in after_verify
+  /// Recorded draft weights [steps, draft layers, sequences, q_heads, capacity]: entry j of a row is position j.
+  view<const float, 5, B> draft_weights;
+  view<const std::int32_t, 2, B> draft_row_lengths;  ///< [sequences, steps] entries of a row; 0: not recorded
+  /// Recorded target weights [layers, slots, q_heads, capacity]; entries as recording_view says. In after_verify.
+  view<const float, 4, B> target_weights;
+  selection_view<B> kept;                        ///< [layers * sequences * kv_heads] the decision
+  std::int32_t layers = 0;
+  std::int32_t kv_heads = 0;
+
+  std::int32_t sequences() const { return static_cast<std::int32_t>(kv_lens.size()); }
+  std::ptrdiff_t group(std::int32_t layer, std::int32_t sequence, std::int32_t kv_head) const {
+    return (std::ptrdiff_t{layer} * sequences() + sequence) * kv_heads + kv_head;
+  }
+  /// Makes one sequence dense in one layer.
+  void keep_everything(std::int32_t layer, std::int32_t sequence) const {
+    for (std::int32_t h = 0; h < kv_heads; ++h) kept.counts[group(layer, sequence, h)] = keep_all;
+  }
+};
+
+/// A guide's hooks. The loop overrides what before_verify decided for sequences marked dense and for the first
+/// `dense_layers`.
+/// - prepare(setup): allocates, and refuses what it cannot guide
+/// - needs(): what must be recorded
+/// - workspace_bytes(ctx): scratch it takes from the context
+/// - before_verify(ctx, round): after the draft, before the target
+/// - before_layer(ctx, round, layer, q): inside the verify pass, keys of earlier positions cached
+/// - after_verify(ctx, round): accepted counts are known
+/// - forget(cache_row): the row's sequence has ended; whatever was remembered of it is void
+/// - metadata_rows(kv_len): cache rows' worth of bytes it reads a (layer, kv head) besides what it keeps
+template <class G, class T, class B = cpu>
+concept guide = requires(G& g, const G& constant, context<B>& ctx, const guide_setup& setup, round_state<T, B>& round,
+                         std::int32_t layer, view<const float, 3, B> q, std::int32_t kv_len) {
+  g.prepare(setup);
+  { constant.needs() } -> std::same_as<guide_needs>;
+  { constant.workspace_bytes(ctx) } -> std::convertible_to<std::size_t>;
+  g.before_verify(ctx, round);
+  g.before_layer(ctx, round, layer, q);
+  g.after_verify(ctx, round);
+  g.forget(kv_len);
+  { constant.metadata_rows(kv_len) } -> std::convertible_to<std::int64_t>;
+};
+
+/// Hooks that do nothing, for guides to inherit.
+struct idle_guide {
+  void prepare(const guide_setup&) {}
+  guide_needs needs() const { return {}; }
+  template <class Context>
+  std::size_t workspace_bytes(const Context&) const {
+    return 0;
+  }
+  template <class Context, class Round>
+  void before_verify(Context&, Round&) {}
+  template <class Context, class Round, class Queries>
+  void before_layer(Context&, Round&, std::int32_t, Queries) {}
+  template <class Context, class Round>
+  void after_verify(Context&, Round&) {}
+  void forget(std::int32_t) {}
+  std::int64_t metadata_rows(std::int32_t) const { return 0; }
+};
+
+/// Dense verification: exact speculative decoding. With a sparse draft it is a lossless system of its own.
+struct no_guide : idle_guide {
+  template <class Context, class Round>
+  void before_verify(Context&, Round& round) {
+    for (std::int32_t layer = 0; layer < round.layers; ++layer) {
+      for (std::int32_t s = 0; s < round.sequences(); ++s) round.keep_everything(layer, s);
+    }
+  }
+};
+
+/// StreamingLLM (Xiao et al., arXiv 2309.17453) with original positions: the sinks and the newest positions.
+struct window_guide : idle_guide {
+  std::int32_t sinks = 4;
+  std::int32_t recent = 512;
+
+  template <class Context, class Round>
+  void before_verify(Context&, Round& round) {
+    for (std::int32_t layer = 0; layer < round.layers; ++layer) {
+      for (std::int32_t s = 0; s < round.sequences(); ++s) {
+        for (std::int32_t h = 0; h < round.kv_heads; ++h) fill(round, layer, s, h);
+      }
+    }
+  }
+
+ private:
+  template <class Round>
+  void fill(Round& round, std::int32_t layer, std::int32_t s, std::int32_t h) const {
+    const std::int32_t kv_len = round.kv_lens[static_cast<std::size_t>(s)];
+    const std::ptrdiff_t group = round.group(layer, s, h);
+    const std::int32_t head = (std::min)(sinks, kv_len);
+    const std::int32_t tail = (std::max)(head, kv_len - recent);
+    std::int32_t count = 0;
+    for (std::int32_t i = 0; i < head; ++i) round.kept.positions(group, count++) = i;
+    for (std::int32_t i = tail; i < kv_len; ++i) round.kept.positions(group, count++) = i;
+    round.kept.counts[group] = count;
+  }
+};
+
+}  // namespace specattn::inline v0_1
