@@ -24,21 +24,13 @@ struct bf16_panel {
   /// Both inputs of a pair for lane_count outputs: the halves of one word each, so one operation a vector.
   [[gnu::always_inline]] static void load_pair(const element* panel, std::int64_t input, std::int64_t output,
                                                lanes& even, lanes& odd) {
-    const element* const from = panel + offset(output, input);
-#if SPECATTN_LANES == 512
-    const __m512i words = _mm512_loadu_si512(from);
-    even.v = _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
-    odd.v = _mm512_castsi512_ps(_mm512_and_si512(words, _mm512_set1_epi32(-65536)));
-#elif SPECATTN_LANES == 256
-    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    even.v = _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
-    odd.v = _mm256_castsi256_ps(_mm256_and_si256(words, _mm256_set1_epi32(-65536)));
-#else
-    for (int lane = 0; lane < lane_count; ++lane) {
-      even.v[lane] = specattn::to_float(from[2 * lane]);
-      odd.v[lane] = specattn::to_float(from[2 * lane + 1]);
-    }
-#endif
+    typedef std::uint32_t word_lanes __attribute__((vector_size(sizeof(lanes))));
+    word_lanes words;
+    std::memcpy(&words, panel + offset(output, input), sizeof words);
+    const word_lanes even_words = words << 16;
+    const word_lanes odd_words = words & 0xffff0000U;
+    std::memcpy(&even, &even_words, sizeof even);
+    std::memcpy(&odd, &odd_words, sizeof odd);
   }
 };
 

@@ -26,14 +26,11 @@ void rms_norm(const float* x, const float* gain, double eps, std::int64_t size, 
 
 void silu_multiply(const float* gate, const float* up, std::int64_t size, float* out) {
   constexpr std::int64_t block = 32;
-  alignas(64) float exps[block];  // exp(-|g|) cannot overflow
+  alignas(64) float exps[block];  // exp(-|g|), which cannot overflow
   for (std::int64_t first = 0; first < size; first += block) {
     const std::int64_t count = std::min(block, size - first);
-    for (std::int64_t i = 0; i < count; i += lanes::width) {
-      const lanes g = lanes::load(gate + first + i);
-      const lanes magnitude = max(g, subtract(lanes::zero(), g));
-      exp_nonpositive(subtract(lanes::zero(), magnitude)).store(exps + i);
-    }
+    for (std::int64_t i = 0; i < count; ++i) exps[i] = -std::abs(gate[first + i]);
+    for (std::int64_t i = 0; i < count; i += lanes::width) exp_nonpositive(lanes::load(exps + i)).store(exps + i);
     for (std::int64_t i = 0; i < count; ++i) {
       const float g = gate[first + i];
       out[first + i] = g * (g >= 0.0F ? 1.0F : exps[i]) / (1.0F + exps[i]) * up[first + i];
