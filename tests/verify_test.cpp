@@ -1,0 +1,129 @@
+// sample() and verify() on the CPU.
+#include "specattn/cpu/verify.hpp"
+
+#include "cpu_fixture.hpp"
+
+using verify_fixture = cpu_fixture;
+
+#include "verify_law_cases.hpp"
+
+namespace verify_testing {
+
+TEST_CASE("sampling_weight: is exp to single precision, a multiple of the quantum, and one at the peak") {
+  for (float x = 0.0f; x > -30.0f; x -= 0.00137f) {
+    const float got = specattn::detail::sampling_weight(x, 0.0f, 1.0f);
+    const double want = std::exp(static_cast<double>(x));
+    REQUIRE(std::abs(got - want) <= 0x1p-35 * 1.0001 + want * 1.3e-7);
+    const double quanta = static_cast<double>(got) * 0x1p34;
+    REQUIRE(quanta == std::floor(quanta));
+  }
+  CHECK(specattn::detail::sampling_weight(3.5f, 3.5f, 0.7f) == 1.0f);
+  CHECK(specattn::detail::sampling_weight(-infinite, 3.5f, 0.7f) == 0.0f);
+}
+
+TEST_CASE("accepts: probability min(1, target / draft), never where either is zero") {
+  using specattn::detail::accepts;
+  CHECK(accepts(0.999999, 0.5f, 0.5f));
+  CHECK(accepts(0.999999, 0.6f, 0.5f));
+  CHECK(accepts(0.4999, 0.25f, 0.5f));
+  CHECK_FALSE(accepts(0.5, 0.25f, 0.5f));
+  CHECK_FALSE(accepts(0.0, 0.0f, 0.5f));
+  CHECK_FALSE(accepts(0.0, 0.5f, 0.0f));
+  CHECK_FALSE(accepts(0.0, 0.5f, nan_logit));
+}
+
+TEST_CASE("verify: any number of threads gives the same outcome") {
+  cpu_fixture one(1), four(4);
+  const toy_pair pair = make_pair(40, 3, 0.8f);
+  auto sampler = hot(0, 0.9f);
+  sampler.top_p = 0.9f;
+  CHECK(write(one, pair, sampler, sampler, 60, 4, 30).text == write(four, pair, sampler, sampler, 60, 4, 30).text);
+}
+
+TEST_CASE("sample and verify: read logits and probabilities of any stride") {
+  cpu_fixture fixture(1);
+  auto& ctx = fixture.context();
+  std::mt19937 random(2);
+  constexpr std::ptrdiff_t vocab = 300;
+  const row logits = random_row(vocab, random), other = random_row(vocab, random);
+  row wide(2 * vocab);
+  for (std::size_t i = 0; i < vocab; ++i) {
+    wide[2 * i] = logits[i];
+    wide[2 * i + 1] = other[i];
+  }
+  ctx.reserve_workspace(specattn::verify_workspace_bytes(ctx, 2, vocab));
+  for (const float temperature : {0.0f, 1.0f}) {
+    const std::vector<sampler_options> samplers(2, hot(5, temperature));
+    const std::vector<std::int64_t> positions{3, 4};
+    const auto want = draw(fixture, {logits, other}, samplers, positions, random_use::draft);
+    row out(2 * vocab, -1.0f);
+    tokens got(2);
+    specattn::sample<specattn::cpu>(ctx, {wide.data(), {2, vocab}, {1, 2}}, {samplers.data(), {2}},
+                                    {positions.data(), {2}}, random_use::draft, {out.data(), {2, vocab}, {1, 2}},
+                                    {got.data(), {2}});
+    CHECK(got == want.token);
+    for (std::size_t i = 0; i < vocab; ++i) REQUIRE(out[2 * i + 1] == want.probabilities[1][i]);
+
+    const auto plain = judge(fixture, {turn{{logits, other}, {want.probabilities[1]}, {7}, samplers[0], 3}})[0];
+    specattn::verify_args<> args;
+    const tokens offsets{0, 2}, drafted{7};
+    outcome strided;
+    args.target_logits = {wide.data(), {2, vocab}, {1, 2}};
+    args.draft_probabilities = {out.data() + 1, {1, vocab}, {1, 2}};
+    args.drafted = {drafted.data(), {1}};
+    args.slot_offsets = {offsets.data(), {2}};
+    args.samplers = {samplers.data(), {1}};
+    args.positions = {positions.data(), {1}};
+    args.accepted = {&strided.accepted, {1}};
+    args.next_token = {&strided.next, {1}};
+    specattn::verify(ctx, args);
+    CHECK(strided == plain);
+  }
+}
+
+TEST_CASE("verify: broken arguments are refused by name") {
+  cpu_fixture fixture(1);
+  using specattn::contract_error;
+  const row logits{0, 1, 2};
+  const turn good{{logits, logits}, {}, {1}, {}, 0};
+  const auto refused = [&](const turn& bad, const char* part) {
+    try {
+      judge(fixture, {good, bad});
+      FAIL("was not refused");
+    } catch (const contract_error& error) {
+      CHECK_MESSAGE(std::string(error.what()).find(part) != std::string::npos, error.what());
+    }
+  };
+  turn bad = good;
+  bad.drafted = {3};
+  refused(bad, "drafted token 3 (entry 1) is outside the vocabulary of 3");
+  bad.drafted = {-1};
+  refused(bad, "drafted token -1");
+  bad = good;
+  bad.sampler = hot(1);
+  refused(bad, "sequence 1 samples, but there are no draft_probabilities");
+  bad = good;
+  bad.target.pop_back();
+  bad.drafted.clear();
+  bad.target.clear();
+  refused(bad, "sequence 1 has no slot");
+  bad = good;
+  bad.drafted = {1, 1};
+  refused(bad, "3 drafted tokens for 4 slots of 2 sequences");
+}
+
+TEST_CASE("sample: a workspace that is too small, and extents that disagree, are refused") {
+  specattn::context<specattn::cpu> ctx(1);
+  const row logits(6, 0.0f);
+  const std::vector<sampler_options> samplers(2);
+  const std::vector<std::int64_t> positions(2);
+  tokens out(2);
+  const auto call = [&](std::ptrdiff_t rows) {
+    specattn::sample<specattn::cpu>(ctx, {logits.data(), {rows, 3}}, {samplers.data(), {2}}, {positions.data(), {2}},
+                                    random_use::emit, {}, {out.data(), {2}});
+  };
+  CHECK_THROWS_WITH_AS(call(2), doctest::Contains("sample: needs a workspace"), specattn::contract_error);
+  CHECK_THROWS_WITH_AS(call(1), doctest::Contains("1 rows of logits, 2 samplers"), specattn::contract_error);
+}
+
+}  // namespace verify_testing
