@@ -26,6 +26,14 @@ std::string hex_byte(unsigned char byte) {
   return {'0', 'x', digits[byte >> 4], digits[byte & 15]};
 }
 
+/// The token that byte fallback uses: "<0x0A>".
+std::string byte_token(unsigned char byte) {
+  std::string token(1, '<');
+  token += hex_byte(byte);
+  token += '>';
+  return token;
+}
+
 /// A merge that may be due; the queue may hold ones that have become void.
 struct candidate {
   std::int32_t rank;
@@ -72,7 +80,7 @@ bpe_model::bpe_model(const tokenizer_settings& settings, const vocabulary& token
       const char c = static_cast<char>(value);
       byte_ids_[value] = tokens.find(to_byte_alphabet({&c, 1})).value_or(-1);
     } else if (settings.byte_fallback) {
-      byte_ids_[value] = tokens.find("<" + hex_byte(value) + ">").value_or(-1);
+      byte_ids_[value] = tokens.find(byte_token(value)).value_or(-1);
     }
   }
   if (!settings.unknown_token.empty()) {

@@ -64,7 +64,8 @@ class safetensors_file {
   static safetensors_file open(const std::filesystem::path& path);
 
   /// All tensors, ordered by name.
-  const tensor_map& tensors() const noexcept { return tensors_; }
+  const tensor_map& tensors() const& noexcept { return tensors_; }
+  const tensor_map& tensors() && = delete;  // a loop over a temporary's tensors would dangle
   /// The tensor of that name, or nullptr.
   const stored_tensor* find(std::string_view tensor_name) const;
   /// File name as given.

@@ -122,7 +122,12 @@ tokenizer::tokenizer(const tokenizer_settings& settings, std::string_view source
   }
   pieces_.reserve(tokens_.size());
   for (std::size_t id = 0; id < tokens_.size(); ++id) {
-    pieces_.push_back(read_piece(static_cast<std::int32_t>(id), false));
+    pieces_.push_back(read_piece(tokens_.text(static_cast<std::int32_t>(id)), false));
+  }
+  for (const added_token& token : settings.added) {
+    // Such a token stands for the normalised spelling, whose word mark is a space of the text.
+    if (!token.normalized) continue;
+    pieces_[static_cast<std::size_t>(token.id)] = read_piece(normalize(normalizer_, token.content), false);
   }
   prefix_ids_ = checked_ids(settings.prefix_ids, tokens_, source);
   suffix_ids_ = checked_ids(settings.suffix_ids, tokens_, source);
@@ -188,7 +193,8 @@ std::string_view tokenizer::add_word_marks(std::string_view text, bool at_start,
     return storage;
   }
   if (!wants_prefix || text.starts_with(' ')) return text;
-  storage = " " + std::string(text);
+  storage.assign(1, ' ');
+  storage += text;
   return storage;
 }
 
@@ -238,8 +244,7 @@ void tokenizer::split(std::string_view text, std::vector<std::string_view>& piec
   }
 }
 
-std::string tokenizer::read_piece(std::int32_t id, bool first_token) const {
-  const std::string& text = tokens_.text(id);
+std::string tokenizer::read_piece(const std::string& text, bool first_token) const {
   if (decoder_.byte_level) return from_byte_alphabet(text).value_or(text);
   std::string piece = text;
   for (const auto& [from, to] : decoder_.replacements) piece = replace_all(piece, from, to);
@@ -258,7 +263,7 @@ void tokenizer::append_piece(std::int32_t id, bool skip_special, decode_state& s
   std::string own;
   std::string_view piece = pieces_[static_cast<std::size_t>(id)];
   if (first && decoder_.drop_first_marks) {
-    own = read_piece(id, true);
+    own = read_piece(tokens_.text(id), true);
     piece = own;
   }
   while (state.strips_left > 0 && piece.starts_with(decoder_.strip_text)) {

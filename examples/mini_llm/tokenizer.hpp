@@ -91,7 +91,7 @@ class tokenizer {
   std::string_view add_word_marks(std::string_view text, bool at_start, std::string& storage) const;
   void split(std::string_view text, std::vector<std::string_view>& pieces) const;
   decode_state start_of_text() const noexcept { return {true, decoder_.strip_count}; }
-  std::string read_piece(std::int32_t id, bool first_token) const;
+  std::string read_piece(const std::string& text, bool first_token) const;
   void append_piece(std::int32_t id, bool skip_special, decode_state& state, std::string& out) const;
 
   vocabulary tokens_;
