@@ -169,8 +169,7 @@ TEST_CASE_TEMPLATE("select: a row of zeros keeps the forced positions only", Fix
   CHECK(kept_of<Fixture>(std::vector<float>(70, 0.0f), rule) == list{0, 1, 69});
 }
 
-TEST_CASE_TEMPLATE("select: p <= 0 and NaN keep the forced positions only, NaN is flagged", Fixture,
-                   select_fixture) {
+TEST_CASE_TEMPLATE("select: p <= 0 and NaN keep the forced positions only, NaN is flagged", Fixture, select_fixture) {
   const std::vector<float> row = {5, 1, 7, 1, 2};
   for (const float p : {0.0f, -1.0f, -infinite, nan_weight}) {
     auto rule = bare(p);
@@ -204,8 +203,8 @@ TEST_CASE_TEMPLATE("select: every edge length works with and without forced posi
   }
 }
 
-TEST_CASE_TEMPLATE("select: kv_len 0 gives an empty list; a length outside the weights is clamped and flagged", Fixture,
-                   select_fixture) {
+TEST_CASE_TEMPLATE("select: kv_len 0 gives an empty list; a length outside the weights is clamped and flagged",
+                   Fixture, select_fixture) {
   Fixture fixture;
   auto p = dense_problem<float>(5, 1, 8, bare(1.0f));
   p.memory.assign(40, 1.0f);
@@ -239,7 +238,8 @@ TEST_CASE_TEMPLATE("select: any strides and any alignment give the same lists", 
   auto plain = dense_problem<float>(3, 2, 150, specattn::selection_rule{});
   fill_mixed(plain, random);
   const answer want = solve(fixture, plain);
-  const std::ptrdiff_t layouts[][4] = {{1, 300, 150, 1}, {3, 307, 151, 1}, {0, 1, 3, 6}, {5, 1000, 2, 5}, {900, -300, -150, 1}};
+  const std::ptrdiff_t layouts[][4] = {
+      {1, 300, 150, 1}, {3, 307, 151, 1}, {0, 1, 3, 6}, {5, 1000, 2, 5}, {900, -300, -150, 1}};
   for (const auto& layout : layouts) {
     auto p = plain;
     p.offset = layout[0];

@@ -129,8 +129,7 @@ TEST_CASE_TEMPLATE("select: a page with a forced position is forced", Fixture, s
   CHECK(kept_of<Fixture>(std::vector<float>(18, 1.0f), rule) == list{0, 1, 2, 3, 12, 13, 14, 15, 16, 17});
 }
 
-TEST_CASE_TEMPLATE("select: with pages the cap counts whole pages, a partial last one too", Fixture,
-                   select_fixture) {
+TEST_CASE_TEMPLATE("select: with pages the cap counts whole pages, a partial last one too", Fixture, select_fixture) {
   auto rule = bare(1.0f);
   rule.page_size = 4;
   const std::vector<float> row = {1, 1, 1, 1, 2, 2, 2, 2, 9};
@@ -175,8 +174,9 @@ TEST_CASE_TEMPLATE("select: bisection equals ten literal halvings", Fixture, sel
   }
 }
 
-TEST_CASE_TEMPLATE("select: bisection keeps the exact set and, beyond it, only weights within max/1024 of its lightest",
-                   Fixture, select_fixture) {
+TEST_CASE_TEMPLATE(
+    "select: bisection keeps the exact set and, beyond it, only weights within max/1024 of its lightest", Fixture,
+    select_fixture) {
   Fixture fixture;
   std::mt19937 random(25);
   for (int turn = 0; turn < 20; ++turn) {

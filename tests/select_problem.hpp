@@ -101,9 +101,7 @@ answer solve(Fixture& fixture, const problem<T>& p) {
   const auto status = fixture.upload(std::vector<std::uint32_t>(groups, 0x80000000u));
 
   specattn::importance<T, backend> from;
-  from.weights = {memory.data() + p.offset,
-                  {p.groups, p.rows, p.kv_len},
-                  {p.strides[0], p.strides[1], p.strides[2]}};
+  from.weights = {memory.data() + p.offset, {p.groups, p.rows, p.kv_len}, {p.strides[0], p.strides[1], p.strides[2]}};
   if (!p.kv_lens.empty()) from.kv_lens = {kv_lens.data(), {p.groups}};
   if (!p.top_p.empty()) from.top_p = {top_p.data(), {p.groups}};
   specattn::selection_view<backend> out;
@@ -116,8 +114,8 @@ answer solve(Fixture& fixture, const problem<T>& p) {
   context.reserve_workspace(specattn::select_workspace_bytes(context, p.groups, p.rows, p.kv_len, p.rule));
   fixture.soil_workspace();
   specattn::select(context, from, p.rule, out);
-  return {fixture.download(positions), fixture.download(counts), fixture.download(mass),
-          fixture.download(status), p.capacity};
+  return {fixture.download(positions), fixture.download(counts), fixture.download(mass), fixture.download(status),
+          p.capacity};
 }
 
 template <specattn::storage T>
@@ -182,8 +180,20 @@ std::ptrdiff_t agrees_with_oracle(Fixture& fixture, const problem<T>& p) {
 
 // ---- rows ---------------------------------------------------------------------------------------------------
 
-enum class shape { uniform, softmax, one_hot, equal, tied, subnormal, coarse_bin, pivot_bits, tiny, huge, sparse,
-                   count };
+enum class shape {
+  uniform,
+  softmax,
+  one_hot,
+  equal,
+  tied,
+  subnormal,
+  coarse_bin,
+  pivot_bits,
+  tiny,
+  huge,
+  sparse,
+  count
+};
 
 /// A row of the given kind. `bits` of the two adversarial kinds lie in one coarse bin, or around a rounding pivot.
 inline std::vector<float> make_row(shape kind, std::ptrdiff_t length, std::mt19937& random) {
@@ -194,17 +204,38 @@ inline std::vector<float> make_row(shape kind, std::ptrdiff_t length, std::mt199
   for (std::size_t i = 0; i < row.size(); ++i) {
     const auto step = static_cast<std::uint32_t>(i);
     switch (kind) {
-      case shape::uniform: row[i] = unit(random); break;
-      case shape::softmax: row[i] = std::exp(normal(random) - (i == 0 ? 0.0f : 6.0f)); break;
-      case shape::one_hot: row[i] = i == spike ? 1.0f : 0.0f; break;
-      case shape::equal: row[i] = 0.3f; break;
-      case shape::tied: row[i] = static_cast<float>(1 + random() % 5) * 0.125f; break;
-      case shape::subnormal: row[i] = std::bit_cast<float>(static_cast<std::uint32_t>(random() % 5000)); break;
-      case shape::coarse_bin: row[i] = std::bit_cast<float>(0x3f800000u + step); break;
-      case shape::pivot_bits: row[i] = std::bit_cast<float>(0x3805ed27u + (step * 7919u) % 40009u); break;
-      case shape::tiny: row[i] = std::ldexp(unit(random), -100); break;
-      case shape::huge: row[i] = unit(random) * 3e38f; break;
-      default: row[i] = random() % 4 == 0 ? std::ldexp(unit(random), -static_cast<int>(random() % 60)) : 0.0f;
+      case shape::uniform:
+        row[i] = unit(random);
+        break;
+      case shape::softmax:
+        row[i] = std::exp(normal(random) - (i == 0 ? 0.0f : 6.0f));
+        break;
+      case shape::one_hot:
+        row[i] = i == spike ? 1.0f : 0.0f;
+        break;
+      case shape::equal:
+        row[i] = 0.3f;
+        break;
+      case shape::tied:
+        row[i] = static_cast<float>(1 + random() % 5) * 0.125f;
+        break;
+      case shape::subnormal:
+        row[i] = std::bit_cast<float>(static_cast<std::uint32_t>(random() % 5000));
+        break;
+      case shape::coarse_bin:
+        row[i] = std::bit_cast<float>(0x3f800000u + step);
+        break;
+      case shape::pivot_bits:
+        row[i] = std::bit_cast<float>(0x3805ed27u + (step * 7919u) % 40009u);
+        break;
+      case shape::tiny:
+        row[i] = std::ldexp(unit(random), -100);
+        break;
+      case shape::huge:
+        row[i] = unit(random) * 3e38f;
+        break;
+      default:
+        row[i] = random() % 4 == 0 ? std::ldexp(unit(random), -static_cast<int>(random() % 60)) : 0.0f;
     }
   }
   return row;

@@ -4,6 +4,10 @@
 #include <cstring>
 #include <memory>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "select_problem.hpp"
 
 namespace select_testing {
@@ -64,6 +68,27 @@ TEST_CASE("select: one to four threads give identical lists, masses and flags") 
     }
   }
 }
+
+#if defined(__x86_64__)
+TEST_CASE("select: flush-to-zero and denormals-are-zero change nothing") {
+  std::mt19937 random(33);
+  for (const auto rows : {specattn::combine::unite, specattn::combine::mean}) {
+    for (const shape kind : {shape::subnormal, shape::tiny, shape::sparse, shape::huge}) {
+      auto p = dense_problem<float>(1, 2, 900, bare(0.9f));
+      p.rule.rows = rows;
+      p.memory = make_row(kind, 1800, random);
+      cpu_fixture alone(1);
+      const answer want = solve(alone, p);
+      const unsigned mode = _mm_getcsr();
+      _mm_setcsr(mode | 0x8040u);
+      const answer got = solve(alone, p);
+      _mm_setcsr(mode);
+      CHECK(got.positions == want.positions);
+      CHECK(got.mass == want.mass);
+    }
+  }
+}
+#endif
 
 TEST_CASE("select: a workspace that is too small is refused before anything is written") {
   specattn::context<specattn::cpu> context(1);

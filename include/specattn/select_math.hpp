@@ -20,15 +20,15 @@ inline constexpr std::int64_t select_max_rows = std::int64_t{1} << 14;
 // ---- weights ------------------------------------------------------------------------------------------------
 
 inline constexpr std::uint32_t largest_finite_bits = 0x7f7fffffu;
-inline constexpr std::uint32_t negative_zero_bits = 0x80000000u;
-
 /// Order key of a weight: its bits, which ascend with it; 0 for NaN, infinite and negative weights.
-SPECATTN_HD inline std::uint32_t weight_key(std::uint32_t bits) { return bits <= largest_finite_bits ? bits : 0u; }
-
-/// Whether weight_key hides a weight that is not one (-0 is 0 and valid).
-SPECATTN_HD inline bool weight_is_invalid(std::uint32_t bits) {
-  return bits > largest_finite_bits && bits != negative_zero_bits;
+SPECATTN_HD inline std::uint32_t weight_key(std::uint32_t bits) {
+  return bits &
+         (0u - static_cast<std::uint32_t>(bits <= largest_finite_bits));  // a mask: g++ vectorises no branch here
 }
+
+/// Not 0 where weight_key hides a weight that is not one. Shifting the sign out leaves nothing of -0, which is 0 and
+/// valid; faults can be or-ed.
+SPECATTN_HD inline std::uint32_t weight_fault(std::uint32_t bits) { return (bits ^ weight_key(bits)) << 1; }
 
 /// Rows whose maximum lies below 2^-64 are lifted: every key is multiplied by 2^90, which is exact for all of
 /// them. After that no row's arithmetic meets a subnormal that matters, whatever the flush-to-zero mode.
@@ -70,6 +70,17 @@ SPECATTN_HD inline std::uint64_t weight_share(std::uint32_t key, float share_sca
   return fixed_point(std::bit_cast<float>(key) * share_scale_of_row);
 }
 
+/// What a top_p asks for. By its bits, so that no compiler mode loses the NaN.
+enum class asked { forced_only, target, everything };
+
+SPECATTN_HD inline bool is_nan(float p) { return (std::bit_cast<std::uint32_t>(p) & 0x7fffffffu) > 0x7f800000u; }
+
+SPECATTN_HD inline asked asked_by(float p) {
+  const std::uint32_t bits = std::bit_cast<std::uint32_t>(p);
+  if (is_nan(p) || bits == 0 || bits >= 0x80000000u) return asked::forced_only;
+  return bits >= 0x3f800000u ? asked::everything : asked::target;
+}
+
 /// ceil(p * mass), exactly, for 0 < p < 1 and mass < 2^63.
 SPECATTN_HD inline std::uint64_t target_mass(float p, std::uint64_t mass) {
   const std::uint32_t bits = std::bit_cast<std::uint32_t>(p);
@@ -102,6 +113,7 @@ template <class Key>
 struct threshold {
   Key key;
   std::uint64_t ties;
+  std::uint64_t mass;  ///< of the set
 };
 
 /// The k-th of 1024 steps from 0 to `max`, rounded up: an item is at or above it when item * 1024 >= k * max.

@@ -202,8 +202,8 @@ inline select_output select(const select_input& in) {
   const auto fits = [&](long long tokens) {
     return tokens >= in.length ? items : static_cast<std::size_t>(tokens / in.page_size);
   };
-  std::size_t limit = std::min(fits(in.max_tokens), in.emit_pages ? static_cast<std::size_t>(in.capacity)
-                                                                  : fits(in.capacity));
+  std::size_t limit =
+      std::min(fits(in.max_tokens), in.emit_pages ? static_cast<std::size_t>(in.capacity) : fits(in.capacity));
   if (static_cast<std::size_t>(std::count(kept.begin(), kept.end(), true)) > limit) {
     out.capped = true;
     const bool by_weight = in.rows.size() == 1 && page == 1;

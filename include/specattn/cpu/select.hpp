@@ -2,9 +2,9 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "../select.hpp"
 #include "context.hpp"
@@ -76,13 +76,15 @@ class group_selector {
     length_ = clamped_length(asked, extent);
     status_ = asked == length_ ? selection_ok : selection_invalid_length;
     top_p_ = from_.top_p.empty() ? rule_.top_p : from_.top_p[group];
-    if (std::isnan(top_p_)) status_ |= selection_invalid_rule;
+    if (is_nan(top_p_)) status_ |= selection_invalid_rule;
     items_ = item_count(length_, rule_.page_size);
     words_ = words_for(items_);
     const std::ptrdiff_t capacity = out_.capacity();
     limit_ = item_limit(rule_.max_tokens, length_, rule_.page_size);
-    limit_ = static_cast<std::int32_t>((std::min<std::ptrdiff_t>)(
-        limit_, rule_.output == emit::pages ? capacity : item_limit(capacity, length_, rule_.page_size)));
+    limit_ = static_cast<std::int32_t>(
+        (std::min<std::ptrdiff_t>)(limit_, rule_.output == emit::pages
+                                               ? capacity
+                                               : item_limit(capacity, length_, rule_.page_size)));
     forced_ = forced_by(rule_.sinks, rule_.recent, length_, rule_.page_size);
     std::fill_n(scratch_.forced, words_, std::uint64_t{0});
     set_bits(scratch_.forced, 0, forced_.head);
@@ -94,16 +96,14 @@ class group_selector {
   }
 
   void take_row(std::ptrdiff_t group, std::ptrdiff_t row, bool choose_now, bool combined) {
-    const T* weights =
-        from_.weights.data() + group * from_.weights.stride(0) + row * from_.weights.stride(1);
+    const T* weights = from_.weights.data() + group * from_.weights.stride(0) + row * from_.weights.stride(1);
     const row_facts facts = read_row(weights, from_.weights.stride(2), length_, scratch_.keys);
     if (facts.invalid) status_ |= selection_invalid_weight;
     mass_ = row_mass{mass_scale(facts.max_key)};
     if (!choose_now) {
       total_ = sum_mass(scratch_.keys, 0, length_, mass_);
     } else if (paged()) {
-      const std::uint64_t largest =
-          sum_pages(scratch_.keys, length_, rule_.page_size, mass_, scratch_.page_masses);
+      const std::uint64_t largest = sum_pages(scratch_.keys, length_, rule_.page_size, mass_, scratch_.page_masses);
       total_ = choose(scratch_.page_masses, largest, score_mass{});
     } else {
       total_ = choose(scratch_.keys, facts.max_key, mass_);
@@ -121,8 +121,8 @@ class group_selector {
     } else {
       for (std::int32_t i = 0; i < items_; ++i) largest = (std::max)(largest, scratch_.scores[i]);
     }
-    total_ = chosen ? sum_mass(scratch_.scores, 0, items_, score_mass{})
-                    : choose(scratch_.scores, largest, score_mass{});
+    total_ =
+        chosen ? sum_mass(scratch_.scores, 0, items_, score_mass{}) : choose(scratch_.scores, largest, score_mass{});
   }
 
   /// Adds the items that one row (or the combined rows) keeps; returns its mass.
@@ -130,14 +130,19 @@ class group_selector {
   std::uint64_t choose(const Key* items, Key largest, Mass mass) {
     const std::uint64_t forced_mass =
         sum_mass(items, 0, forced_.head, mass) + sum_mass(items, forced_.tail, items_, mass);
-    const std::uint32_t max_coarse = coarse_key(largest);
-    const std::uint64_t total = forced_mass + fill_histogram(items, forced_.head, forced_.tail, max_coarse, mass,
-                                                             *scratch_.histogram);
-    if (top_p_ >= 1.0f) {
-      set_bits(scratch_.kept, 0, items_);
+    chosen_mass_ = forced_mass;
+    const asked wish = asked_by(top_p_);
+    if (wish != asked::target) {
+      const std::uint64_t total = forced_mass + sum_mass(items, forced_.head, forced_.tail, mass);
+      if (wish == asked::everything) {
+        set_bits(scratch_.kept, 0, items_);
+        chosen_mass_ = total;
+      }
       return total;
     }
-    if (!(top_p_ > 0.0f) || total == 0) return total;
+    const std::uint32_t max_coarse = coarse_key(largest);
+    const std::uint64_t total =
+        forced_mass + fill_histogram(items, forced_.head, forced_.tail, max_coarse, mass, *scratch_.histogram);
     const std::uint64_t target = target_mass(top_p_, total);
     if (forced_mass >= target) return total;
     const std::uint64_t need = target - forced_mass;
@@ -146,7 +151,8 @@ class group_selector {
             ? bisect(items, forced_.head, forced_.tail, largest, need, mass)
             : resolve(items, forced_.head, forced_.tail, max_coarse, mass, *scratch_.histogram, need,
                       reinterpret_cast<Key*>(scratch_.candidates));
-    mark(items, items_, least, scratch_.allowed, scratch_.kept);
+    mark(items, words_, least, scratch_.allowed, scratch_.kept);
+    chosen_mass_ += least.mass;
     return total;
   }
 
@@ -179,8 +185,8 @@ class group_selector {
     Key* candidates = reinterpret_cast<Key*>(scratch_.candidates);
     std::int32_t count = 0;
     for_each_bit(scratch_.allowed, words_, [&](std::int32_t i) { candidates[count++] = items[i]; });
-    mark(items, items_, narrow(candidates, count, static_cast<std::uint64_t>(room), unit_mass{}),
-         scratch_.allowed, scratch_.kept);
+    mark(items, words_, narrow(candidates, count, static_cast<std::uint64_t>(room), unit_mass{}), scratch_.allowed,
+         scratch_.kept);
   }
 
   void report(std::ptrdiff_t group, std::ptrdiff_t rows, std::int32_t count) {
@@ -190,30 +196,30 @@ class group_selector {
       out_.mass[group] = 1.0f;
       return;
     }
-    std::uint64_t kept = 0;
-    if (rows > 1) {
-      for_each_bit(scratch_.kept, words_, [&](std::int32_t i) { kept += scratch_.scores[i]; });
-    } else if (paged()) {
-      for_each_bit(scratch_.kept, words_, [&](std::int32_t i) { kept += scratch_.page_masses[i]; });
-    } else {
-      for_each_bit(scratch_.kept, words_, [&](std::int32_t i) { kept += mass_(scratch_.keys[i]); });
-    }
+    const bool known = (rows == 1 || rule_.rows != combine::unite) && (status_ & selection_capped) == 0;
+    const std::uint64_t kept = known      ? chosen_mass_
+                               : rows > 1 ? sum_kept(scratch_.scores, scratch_.kept, words_, score_mass{})
+                               : paged()  ? sum_kept(scratch_.page_masses, scratch_.kept, words_, score_mass{})
+                                          : sum_kept(scratch_.keys, scratch_.kept, words_, mass_);
     out_.mass[group] = mass_share(kept, total_);
   }
 
+  /// Writes the list, its count and the padding behind it.
   void emit_list(std::ptrdiff_t group, std::int32_t count) {
     const auto list = out_.positions[group];
     std::ptrdiff_t written = 0;
-    if (rule_.output == emit::pages || !paged()) {
-      for_each_bit(scratch_.kept, words_, [&](std::int32_t i) { list[written++] = i; });
-    } else {
+    if (paged() && rule_.output == emit::positions) {
       for_each_bit(scratch_.kept, words_, [&](std::int32_t page) {
         const std::int64_t begin = std::int64_t{page} * rule_.page_size;
         const std::int64_t end = (std::min<std::int64_t>)(begin + rule_.page_size, length_);
         for (std::int64_t i = begin; i < end; ++i) list[written++] = static_cast<std::int32_t>(i);
       });
+    } else if (list.stride(0) == 1) {
+      unpack(scratch_.kept, count, list.data());
+      written = count;
+    } else {
+      for_each_bit(scratch_.kept, words_, [&](std::int32_t item) { list[written++] = item; });
     }
-    (void)count;
     out_.counts[group] = static_cast<std::int32_t>(written);
     const std::ptrdiff_t padded = padded_count(written, out_.capacity());
     for (; written < padded; ++written) list[written] = -1;
@@ -230,8 +236,9 @@ class group_selector {
   forced_items forced_{};
   float top_p_ = 0.0f;
   std::uint32_t status_ = 0;
-  row_mass mass_{};          // of the last row read
-  std::uint64_t total_ = 0;  // mass of the last row, in the end of all that the list is made from
+  row_mass mass_{};                // of the last row read
+  std::uint64_t chosen_mass_ = 0;  // what the last choice kept, forced items included
+  std::uint64_t total_ = 0;        // mass of the last row, in the end of all that the list is made from
 };
 
 template <>
