@@ -108,8 +108,8 @@ struct setting {
   }
 
   std::string kept_share() const {
-    return "keeps " + std::to_string(100.0 * kept.view().counts[0] / static_cast<double>(size.kv_len)).substr(0, 4) +
-           " %";
+    const double share = 100.0 * kept.view().counts[0] / static_cast<double>(size.kv_len);
+    return "keeps " + std::to_string(std::lround(share)) + " %";
   }
 
   shape size;
