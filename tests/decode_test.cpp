@@ -233,6 +233,24 @@ TEST_CASE("decode: the token limit and the context limit end a text exactly ther
   CHECK(text == expected);
 }
 
+TEST_CASE("decode: a row starts over from its prompt, with another draft length, and gives the same text") {
+  fixture f;
+  const auto prompt = prompt_of(45, 12);
+  const auto expected = autoregressive(f, prompt, 30);
+  no_guide dense;
+  auto decoder = make_decoder<float>(f.ctx, f.target, f.draft, dense, {.draft_length = 6, .prefill_chunk = 16});
+  const auto row = decoder.add({.prompt = prompt, .max_new_tokens = 30, .draft_length = 0});
+  CHECK(finish_row(decoder, row) == expected);
+  CHECK(decoder.counts(row).proposed == 0);
+  for (const std::int32_t gamma : {6, 0, 1, 3}) {
+    decoder.rewind(row, {.max_new_tokens = 30, .draft_length = gamma});
+    CHECK(finish_row(decoder, row) == expected);
+    CHECK((decoder.counts(row).proposed > 0) == (gamma > 0));
+  }
+  CHECK_THROWS_WITH_AS(decoder.rewind(row, {.draft_length = 7}),
+                       "decode: a request's draft_length 7 is over the options' 6", contract_error);
+}
+
 TEST_CASE("decode: a callback that returns false cancels its sequence alone") {
   fixture f;
   no_guide dense;

@@ -1,9 +1,9 @@
 // Which draft attention guides which target attention: divergences, the paper's layer map, and mixtures.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <span>
 #include <string>
 #include <vector>
 
@@ -24,7 +24,11 @@ struct model_fingerprint {
   std::uint64_t weights = 0;  ///< a hash of the weights that the caller computes; 0: not compared
 
   /// True when everything but the name agrees (weights only where both sides know them).
-  bool matches(const model_fingerprint& other) const;
+  bool matches(const model_fingerprint& other) const {
+    return layers == other.layers && q_heads == other.q_heads && kv_heads == other.kv_heads &&
+           head_dim == other.head_dim && vocab == other.vocab &&
+           (weights == 0 || other.weights == 0 || weights == other.weights);
+  }
 };
 
 /// The signals a mixture is made of, in this order: every draft head (layer by layer), one recency window each, the
@@ -59,41 +63,101 @@ struct alignment {
   void check() const;
 };
 
-/// Mean over samples of KL(target ‖ draft) between every target row and every draft row, in nats.
-/// Rows are distributions over the same positions (normalised here; zeros of the draft are floored at 1e-10 of its
-/// mass so that a divergence stays finite).
-class divergence_accumulator {
- public:
-  divergence_accumulator(std::int32_t target_rows, std::int32_t draft_rows);
-  /// \param target [target_rows, length] \param draft [draft_rows, length]. Cost: target_rows * draft_rows * length.
-  void add(context<cpu>& ctx, view<const float, 2> target, view<const float, 2> draft);
-  std::int64_t samples() const;
-  std::vector<float> mean() const;  ///< [target_rows, draft_rows]
-};
+namespace detail {
+
+/// Every number of a vector finite and >= 0.
+inline void check_numbers(const std::vector<float>& numbers, const char* what) {
+  for (std::size_t i = 0; i < numbers.size(); ++i) {
+    expects(std::isfinite(numbers[i]) && numbers[i] >= 0.0f, "alignment: ", what, " holds ", numbers[i], " at ", i);
+  }
+}
+
+}  // namespace detail
+
+inline void alignment::check() const {
+  using detail::expects;
+  for (const model_fingerprint* model : {&draft, &target}) {
+    expects(model->layers > 0 && model->q_heads > 0 && model->kv_heads > 0 && model->q_heads % model->kv_heads == 0,
+            "alignment: a model of ", model->layers, " layers, ", model->q_heads, " q_heads and ", model->kv_heads,
+            " kv_heads");
+  }
+  expects(signals.draft_layers == draft.layers && signals.draft_q_heads == draft.q_heads,
+          "alignment: signals of ", signals.draft_layers, " × ", signals.draft_q_heads, " draft heads, the draft has ",
+          draft.layers, " × ", draft.q_heads);
+  for (std::int32_t window : signals.windows) expects(window > 0, "alignment: a recency window of ", window);
+  expects(signals.sinks >= 0, "alignment: a sink signal over ", signals.sinks, " positions");
+  const auto count = static_cast<std::size_t>(signals.count());
+  const auto target_layers = static_cast<std::size_t>(target.layers);
+  const std::size_t groups = target_layers * static_cast<std::size_t>(target.kv_heads);
+  expects(coefficients.size() == groups * count, "alignment: ", coefficients.size(), " coefficients for ", groups,
+          " groups × ", count, " signals");
+  expects(mixture_divergence.size() == groups, "alignment: ", mixture_divergence.size(), " divergences for ", groups,
+          " groups");
+  expects(divergence.size() == target_layers * static_cast<std::size_t>(draft.layers), "alignment: a matrix of ",
+          divergence.size(), " divergences for ", target_layers, " × ", draft.layers, " layers");
+  expects(layer_map.size() == target_layers, "alignment: a map of ", layer_map.size(), " layers, the target has ",
+          target_layers);
+  detail::check_numbers(coefficients, "coefficients");
+  detail::check_numbers(mixture_divergence, "mixture_divergence");
+  detail::check_numbers(divergence, "divergence");
+  for (std::size_t g = 0; g < groups; ++g) {
+    double sum = 0.0;
+    for (std::size_t i = 0; i < count; ++i) sum += static_cast<double>(coefficients[g * count + i]);
+    expects(std::abs(sum - 1.0) <= 1e-3, "alignment: the coefficients of group ", g, " sum to ", sum);
+  }
+  for (std::size_t j = 0; j < layer_map.size(); ++j) {
+    expects(layer_map[j] >= 0 && layer_map[j] < draft.layers && (j == 0 || layer_map[j] >= layer_map[j - 1]),
+            "alignment: target layer ", j, " maps to draft layer ", layer_map[j], ", which decreases or is outside 0 … ",
+            draft.layers - 1);
+  }
+}
+
+inline alignment alignment::layer_map_only() const {
+  alignment one_hot = *this;
+  one_hot.signals.windows.clear();
+  one_hot.signals.sinks = 0;
+  one_hot.signals.history = false;
+  const auto count = static_cast<std::size_t>(one_hot.signals.count());
+  const auto heads = static_cast<std::size_t>(draft.q_heads);
+  one_hot.coefficients.assign(mixture_divergence.size() * count, 0.0f);
+  for (std::size_t g = 0; g < mixture_divergence.size(); ++g) {
+    const std::size_t j = g / static_cast<std::size_t>(target.kv_heads);
+    const auto layer = static_cast<std::size_t>(layer_map[j]);
+    for (std::size_t h = 0; h < heads; ++h) {
+      one_hot.coefficients[g * count + layer * heads + h] = 1.0f / static_cast<float>(heads);
+    }
+    one_hot.mixture_divergence[g] = divergence[j * static_cast<std::size_t>(draft.layers) + layer];
+  }
+  return one_hot;
+}
 
 /// The paper's layer map: the non-decreasing assignment of a draft layer to each target layer with the least total
 /// divergence, by dynamic programming; ties take the smaller draft layer. `divergence` [target layers, draft layers].
-std::vector<std::int32_t> monotone_layer_map(view<const float, 2> divergence);
-
-/// Fits, for each target row, the convex combination of signals with the least mean KL(target ‖ combination):
-/// expectation–maximisation for mixture proportions (convex, so any start with full support reaches the optimum).
-class mixture_fit {
- public:
-  /// \param groups         target (layer, kv head) pairs
-  /// \param shared_signals signals every group sees \param own_signals signals of each group alone (history)
-  mixture_fit(std::int32_t groups, std::int32_t shared_signals, std::int32_t own_signals);
-  /// Copies one sample. \param target [groups, length] \param shared [shared_signals, length]
-  /// \param own [groups, own_signals, length], empty when own_signals is 0. Rows are normalised here.
-  void add(view<const float, 2> target, view<const float, 2> shared, view<const float, 3> own);
-  std::size_t bytes() const;  ///< of the samples held
-
-  struct result {
-    std::vector<float> coefficients;  ///< [groups, shared_signals + own_signals]
-    std::vector<float> divergence;    ///< [groups] nats
-    std::int32_t iterations = 0;      ///< of the slowest group
-  };
-  /// Iterates until no group's divergence improves by more than `tolerance` nats.
-  result solve(context<cpu>& ctx, std::int32_t max_iterations = 500, float tolerance = 1e-6f) const;
-};
+inline std::vector<std::int32_t> monotone_layer_map(view<const float, 2> divergence) {
+  const std::ptrdiff_t targets = divergence.extent(0);
+  const std::ptrdiff_t drafts = divergence.extent(1);
+  detail::expects(targets > 0 && drafts > 0, "monotone_layer_map: a matrix of ", targets, " × ", drafts, " layers");
+  const auto at = [drafts](std::ptrdiff_t j, std::ptrdiff_t i) { return static_cast<std::size_t>(j * drafts + i); };
+  std::vector<double> cost(static_cast<std::size_t>(targets * drafts));  // least total of layers 0 … j with j on i
+  std::vector<std::int32_t> from(cost.size());
+  for (std::ptrdiff_t j = 0; j < targets; ++j) {
+    std::ptrdiff_t best = 0;
+    for (std::ptrdiff_t i = 0; i < drafts; ++i) {
+      if (j > 0 && cost[at(j - 1, i)] < cost[at(j - 1, best)]) best = i;
+      cost[at(j, i)] = static_cast<double>(divergence(j, i)) + (j > 0 ? cost[at(j - 1, best)] : 0.0);
+      from[at(j, i)] = static_cast<std::int32_t>(best);
+    }
+  }
+  std::vector<std::int32_t> map(static_cast<std::size_t>(targets));
+  std::ptrdiff_t last = 0;
+  for (std::ptrdiff_t i = 1; i < drafts; ++i) {
+    if (cost[at(targets - 1, i)] < cost[at(targets - 1, last)]) last = i;
+  }
+  for (std::ptrdiff_t j = targets - 1; j >= 0; --j) {
+    map[static_cast<std::size_t>(j)] = static_cast<std::int32_t>(last);
+    last = from[at(j, last)];
+  }
+  return map;
+}
 
 }  // namespace specattn::inline v0_1

@@ -93,13 +93,8 @@ class decoder {
     detail::expects(row < sizes_.sequences, "decode: all ", sizes_.sequences, " rows are taken; remove() one first");
     detail::sequence_state& seq = at(row);
     seq.text.assign(request.prompt.begin(), request.prompt.end());
-    seq.stop_tokens.assign(request.stop_tokens.begin(), request.stop_tokens.end());
-    seq.max_new_tokens = request.max_new_tokens;
     seq.prompt_length = length;
-    seq.sampler = request.sampler;
-    seq.rounds_since_refresh = 0;
-    seq.counts = {};
-    seq.finish = request.max_new_tokens > 0 ? finish_reason::running : finish_reason::length;
+    begin(seq, request);
     for (std::int32_t from = 0; from < length - 1; from += options_.prefill_chunk) {
       const std::int32_t to = (std::min)(from + options_.prefill_chunk, length - 1);
       prefill(*target_, cache_, shape_.vocab, row, from, to);
@@ -112,6 +107,20 @@ class decoder {
   }
   std::int32_t add(const decode_request& request) {
     return add(request, [](std::int32_t, std::int32_t) {});
+  }
+
+  /// Starts a row over from the prompt it was admitted with, under another request (whose prompt is not read): what
+  /// came behind the prompt is rolled back, nothing is prefilled again.
+  void rewind(std::int32_t row, const decode_request& request) {
+    detail::sequence_state& seq = at(row);
+    detail::expects(seq.active, "decode: row ", row, " holds no sequence to rewind");
+    const std::int32_t cached = seq.prompt_length - 1;
+    seq.text.resize(static_cast<std::size_t>(seq.prompt_length));
+    cache_.roll_back(row, cached);
+    if (drafter_) drafter_->cache().roll_back(row, (std::min)(drafter_->cache().length(row), cached));
+    guide_->forget(row);
+    begin(seq, request);
+    seq.exact_length = cached;
   }
 
   /// Runs one round for every running sequence. `on_tokens(row, tokens)` receives what each sequence emitted and
@@ -218,6 +227,18 @@ class decoder {
     }
   }
 
+  void begin(detail::sequence_state& seq, const decode_request& request) {
+    detail::expects(request.draft_length <= options_.draft_length, "decode: a request's draft_length ",
+                    request.draft_length, " is over the options' ", options_.draft_length);
+    seq.stop_tokens.assign(request.stop_tokens.begin(), request.stop_tokens.end());
+    seq.max_new_tokens = request.max_new_tokens;
+    seq.draft_length = request.draft_length < 0 ? options_.draft_length : request.draft_length;
+    seq.sampler = request.sampler;
+    seq.rounds_since_refresh = 0;
+    seq.counts = {};
+    seq.finish = request.max_new_tokens > 0 ? finish_reason::running : finish_reason::length;
+  }
+
   void allocate(std::int32_t slots) {
     sequences_.resize(static_cast<std::size_t>(sizes_.sequences));
     for (detail::sequence_state& seq : sequences_) {
@@ -272,7 +293,7 @@ class decoder {
       const std::int32_t wanted = seq.max_new_tokens - (length - seq.prompt_length) - 1;
       const std::int32_t s = batch_.size++;
       batch_.rows.data()[s] = row;
-      batch_.draft_length(s) = (std::min)({options_.draft_length, wanted, sizes_.positions - length});
+      batch_.draft_length(s) = (std::min)({seq.draft_length, wanted, sizes_.positions - length});
       batch_.judged_offsets.data()[s + 1] = batch_.judged_offsets.data()[s] + batch_.draft_length(s) + 1;
     }
   }

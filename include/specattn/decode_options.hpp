@@ -34,6 +34,7 @@ struct decode_options {
 struct decode_request {
   std::span<const std::int32_t> prompt{};  ///< at least one token
   std::int32_t max_new_tokens = 256;
+  std::int32_t draft_length = -1;  ///< of this sequence, at most the options'; -1: the options'; 0: plain decoding
   std::span<const std::int32_t> stop_tokens{};  ///< the first of them to appear is the last token emitted
   sampler_options sampler{};
 };

@@ -24,6 +24,7 @@ struct sequence_state {
   std::vector<std::int32_t> stop_tokens;
   std::int32_t prompt_length = 0;
   std::int32_t max_new_tokens = 0;
+  std::int32_t draft_length = 0;
   std::int32_t exact_length = 0;          ///< leading target rows that dense passes over dense rows computed
   std::int32_t rounds_since_refresh = 0;
   sampler_options sampler;

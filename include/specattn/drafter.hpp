@@ -54,6 +54,9 @@ class drafter {
     sparse_ = false;
     std::fill_n(row_lengths_.data(), row_lengths_.size(), 0);
     const std::int32_t longest = batch.longest_draft();
+    for (std::int32_t s = 0; s < batch.size; ++s) {
+      if (batch.draft_length(s) > 0) catch_up(batch.rows.data() + s, sequences);
+    }
     for (std::int32_t step = 0; step < longest; ++step) {
       gather(step, batch, sequences);
       forward(step, batch, counts);
@@ -73,6 +76,25 @@ class drafter {
   }
 
  private:
+  /// Caches what a sequence decoded while it did not draft, up to the one or two tokens the first step feeds.
+  void catch_up(const std::int32_t* row, const std::vector<sequence_state>& sequences) {
+    const auto& text = sequences[static_cast<std::size_t>(*row)].text;
+    const auto end = static_cast<std::int32_t>(text.size());
+    while (end - cache_.length(*row) > 2) {
+      const std::int32_t cached = cache_.length(*row);
+      const std::int32_t count = (std::min)(end - 1 - cached, options_.prefill_chunk);
+      pass_.clear();
+      pass_.begin_sequence(cached);
+      for (std::int32_t i = cached; i < cached + count; ++i) pass_.add_slot(text[static_cast<std::size_t>(i)], i, false);
+      pass_.end_sequence();
+      cache_.reserve(*row, count);
+      attention_pass<T, B> pass(*ctx_, cache_, {pass_.slot_offsets.shaped({2}), pass_.kv_lens.shaped({1}),
+                                                view<const std::int32_t, 1, B>(row, {1})});
+      draft_->forward(*ctx_, pass_.batch(), pass, view<float, 2, B>(logits_.data(), {0, shape_.vocab}));
+      cache_.advance(*row, count);
+    }
+  }
+
   /// The first step feeds what the draft has not cached yet (one token, or two after a fully accepted round); later
   /// steps feed the token drafted before.
   void gather(std::int32_t step, const round_batch& batch, const std::vector<sequence_state>& sequences) {

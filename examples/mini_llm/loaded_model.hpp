@@ -1,0 +1,40 @@
+// A model directory, ready to run: configuration, tokenizer and weights.
+#pragma once
+
+#include <filesystem>
+#include <string>
+
+#include "llama.hpp"
+#include "model_config.hpp"
+#include "tokenizer.hpp"
+
+namespace mini_llm {
+
+struct loaded_model {
+  std::filesystem::path directory;
+  model_config config;
+  tokenizer words;
+  llama model;
+};
+
+/// The most tokens one pass of a model takes here: a prefill chunk, or a verify pass that refreshes.
+inline constexpr std::int32_t max_slots = 256;
+
+/// Reads config.json, tokenizer.json and the weights of a Hugging Face directory.
+/// \throws input_error naming the file and what is wrong with it
+loaded_model load_model(const std::filesystem::path& directory);
+
+/// Refuses a draft whose vocabulary is not the target's, token by token.
+/// \throws input_error naming the first difference
+void check_same_vocabulary(const loaded_model& target, const loaded_model& draft);
+
+/// Where the models that ship with the source lie: the environment's MINI_LLM_MODELS, else the source tree.
+std::filesystem::path embedded_models();
+
+/// The contents of a file, or of standard input for "-". \throws input_error
+std::string read_text(const std::filesystem::path& file);
+
+/// Writes a file whole or not at all: to a temporary name first, then renamed. \throws input_error
+void write_text(const std::filesystem::path& file, std::string_view text);
+
+}  // namespace mini_llm
