@@ -58,13 +58,6 @@ if(SPECATTN_SANITIZE)
   add_link_options(-fsanitize=${SPECATTN_SANITIZE})
 endif()
 
-if(SPECATTN_BUILD_FUZZERS)
-  if(NOT CMAKE_CXX_COMPILER_ID MATCHES "Clang")
-    message(FATAL_ERROR "SPECATTN_BUILD_FUZZERS needs clang (libFuzzer): cmake --preset fuzz")
-  endif()
-  add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-fsanitize=fuzzer-no-link>)
-endif()
-
 find_program(SPECATTN_CLANG_FORMAT NAMES clang-format-14 clang-format)
 mark_as_advanced(SPECATTN_CLANG_FORMAT)
 if(SPECATTN_CLANG_FORMAT)
