@@ -201,7 +201,7 @@ class kv_cache {
                     "kv_cache: append of k [", k.extent(0), ", ", k.extent(1), ", ", k.extent(2), "] and v [",
                     v.extent(0), ", ", v.extent(1), ", ", v.extent(2), "] to a cache of ", shape_.kv_heads,
                     " kv_heads, head_dim ", shape_.head_dim);
-    detail::expects(at >= 0 && k.extent(0) <= shape_.max_positions - r.length - std::min(at, shape_.max_positions),
+    detail::expects(at >= 0 && k.extent(0) <= shape_.max_positions - r.length - (std::min)(at, shape_.max_positions),
                     "kv_cache: cache full: row ", row, " holds ", r.length, " positions, ", k.extent(0),
                     " were appended at ", at, " behind them, max_positions is ", shape_.max_positions);
     const auto count = static_cast<std::int32_t>(k.extent(0));

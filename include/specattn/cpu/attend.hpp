@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "../attend.hpp"
 #include "../attention_state.hpp"
@@ -82,6 +83,7 @@ class attend_pass {
     take(m.tile.scores, n * tile_positions);
     take(m.tile.unpacked, static_cast<std::size_t>(unpack_positions(memory_.stride)) * stride);
     take(m.tile.offsets, tile_positions);
+    take(m.tile.next_offsets, tile_positions);
     take(m.tile.counts, n);
     take(m.tile.states, n);
     take(m.tile.sums, n * stride);
@@ -104,6 +106,7 @@ class attend_pass {
   template <class Kernel>
   void whole_block(const Kernel& kernel, const row_block& block, int member) {
     member_memory m = memory_of(member);
+    begin_at(kernel, m.tile, block, 0);
     pack_queries(m.tile, block);
     clear_rows(m, block.rows);
     for (std::int32_t split = 0; split < block.splits; ++split) {
@@ -118,6 +121,7 @@ class attend_pass {
     row_block& block = plan_.block(plan_.block_of_part(part));
     member_memory m = memory_of(member);
     float* peaks = peaks_of(plan_.block_of_part(part));
+    begin_at(kernel, m.tile, block, part - block.first_part);
     pack_queries(m.tile, block);
     aim_at_part(m.tile, part);
     run_split(kernel, m.tile, block, part - block.first_part, peaks);
@@ -147,7 +151,7 @@ class attend_pass {
     std::fill_n(m.sums, rows * m.tile.stride, 0.0f);
   }
 
-  /// Where the rows of virtual positions [begin, begin + n) lie, the last repeated up to a whole group.
+  /// Where the rows of virtual positions [begin, begin + n) lie, the last repeated to the end of the tile.
   void find_rows(std::ptrdiff_t* offsets, const row_block& block, std::int32_t begin, int n) const {
     const std::int32_t kv_len = a_.kv_lens[block.sequence];
     const std::int32_t cache_row = a_.cache_rows.empty() ? block.sequence : a_.cache_rows[block.sequence];
@@ -169,28 +173,40 @@ class attend_pass {
       for (; listed && i < from_list; ++i) offsets[i] = a_.kv.offset(cache_row, list[i * list_stride], block.kv_head);
       for (; i < n; ++i) offsets[i] = a_.kv.offset(cache_row, begin + i + tail, block.kv_head);
     }
-    std::fill(offsets + n, offsets + whole_groups(n), offsets[n - 1]);
+    std::fill(offsets + n, offsets + tile_positions, offsets[n - 1]);
   }
 
-  /// One split of a block's positions into tile.states and tile.sums.
+  /// Finds and fetches the first tile of a split; the tiles behind are fetched by the ones before.
   template <class Kernel>
-  void run_split(const Kernel& kernel, const tile_scratch& tile, const row_block& block, std::int32_t split,
+  void begin_at(const Kernel& kernel, const tile_scratch& tile, const row_block& block, std::int32_t split) const {
+    const std::int32_t begin = split * split_positions;
+    const int n = (std::min)(block.attended - begin, tile_positions);
+    find_rows(tile.offsets, block, begin, n);
+    kernel.fetch(a_.kv.keys, tile.offsets, n);
+  }
+
+  /// One split of a block's positions into tile.states and tile.sums. tile.offsets must hold its first tile, and
+  /// holds the first of the next split behind it.
+  template <class Kernel>
+  void run_split(const Kernel& kernel, tile_scratch& tile, const row_block& block, std::int32_t split,
                  float* peaks) const {
     std::fill_n(tile.states, block.rows, attention_state{});
     std::fill_n(tile.sums, block.rows * tile.stride, 0.0f);
-    const std::int32_t end = std::min(block.attended, (split + 1) * split_positions);
+    const std::int32_t end = (std::min)(block.attended, (split + 1) * split_positions);
     for (std::int32_t begin = split * split_positions; begin < end; begin += tile_positions) {
-      const int n = std::min(end - begin, tile_positions);
+      const int n = (std::min)(end - begin, tile_positions);
+      const std::int32_t next = (std::min)(block.attended - begin - n, tile_positions);
+      find_rows(tile.next_offsets, block, next > 0 ? begin + n : begin, next > 0 ? next : n);
       int first_row = block.rows;
       for (int row = block.rows; row-- > 0;) {
         tile.counts[row] = std::clamp(block.kept + slot_of(block, row) + 1 - begin, 0, n);
         if (tile.counts[row] > 0) first_row = row;
       }
-      find_rows(tile.offsets, block, begin, n);
-      kernel.score(tile, first_row, block.rows, a_.kv.keys, n);
+      kernel.score(tile, first_row, block.rows, a_.kv.keys, a_.kv.values, n);
       for (int row = first_row; row < block.rows; ++row) soften_row(tile, row);
       if (!a_.recording.weights.empty()) record(tile, block, first_row, begin, peaks);
-      kernel.add(tile, first_row, block.rows, a_.kv.values, n);
+      kernel.add(tile, first_row, block.rows, a_.kv.keys, a_.kv.values, n);
+      std::swap(tile.offsets, tile.next_offsets);
     }
   }
 
@@ -257,7 +273,7 @@ class attend_pass {
     for (std::int32_t begin = 0; begin < attended; begin += tile_positions) {
       const float peak = peaks[begin / tile_positions];
       const float scale = state.sum == 0.0f ? 0.0f : exp_nonpositive(peak - state.max) * finish_scale(state);
-      const std::int32_t end = std::min(attended, begin + tile_positions);
+      const std::int32_t end = (std::min)(attended, begin + tile_positions);
       for (std::int32_t i = begin; i < end; ++i) weights[i * stride] *= scale;
     }
   }

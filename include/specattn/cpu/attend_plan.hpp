@@ -39,10 +39,10 @@ struct attend_memory {
   static std::size_t line(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
   attend_memory(const attend_shape& s, int threads) {
-    const std::int64_t group = s.kv_heads > 0 ? std::max(s.q_heads / s.kv_heads, 1) : 1;
+    const std::int64_t group = s.kv_heads > 0 ? (std::max)(s.q_heads / s.kv_heads, 1) : 1;
     const std::int64_t all_rows = s.slots * group;
-    const std::int64_t block_count = (all_rows / block_rows + s.sequences) * std::max(s.kv_heads, 1);
-    const std::int64_t shared_blocks = std::min<std::int64_t>(block_count, shared_below(threads));
+    const std::int64_t block_count = (all_rows / block_rows + s.sequences) * (std::max)(s.kv_heads, 1);
+    const std::int64_t shared_blocks = (std::min<std::int64_t>)(block_count, shared_below(threads));
     const std::int64_t splits = s.kv_len / split_positions + 1;
     stride = padded_dim(std::max(s.head_dim, 1));
     max_blocks = static_cast<std::int32_t>(block_count);
@@ -57,7 +57,7 @@ struct attend_memory {
     peaks = line(n * static_cast<std::size_t>(tiles) * sizeof(float));
     member = line(n * row_bytes) + line(n * tile_positions * sizeof(float)) +
              line(static_cast<std::size_t>(unpack_positions(stride)) * row_bytes) +
-             line(tile_positions * sizeof(std::ptrdiff_t)) + line(n * sizeof(std::int32_t)) + 2 * part + peaks;
+             2 * line(tile_positions * sizeof(std::ptrdiff_t)) + line(n * sizeof(std::int32_t)) + 2 * part + peaks;
     parts = static_cast<std::size_t>(max_shared_parts) * part + static_cast<std::size_t>(shared_blocks) * peaks;
   }
   /// Passes with fewer blocks than this may share a block's splits among members.
@@ -96,13 +96,13 @@ class attend_plan {
           block.sequence = s;
           block.kv_head = head;
           block.first_row = row;
-          block.rows = std::min(slots * group_ - row, block_rows);
+          block.rows = (std::min)(slots * group_ - row, block_rows);
           block.kept = kept;
           block.attended = kept + (row + block.rows - 1) / group_ + 1;
           block.splits = block.open = (block.attended - 1) / split_positions + 1;
           block.first_part = part_count_;
           part_count_ += block.splits;
-          longest = std::max(longest, block.splits);
+          longest = (std::max)(longest, block.splits);
           blocks_[block_count_++] = block;
         }
       }
@@ -127,7 +127,7 @@ class attend_plan {
     shape.kv_heads = a.kv.kv_heads;
     shape.head_dim = a.kv.head_dim;
     for (std::int32_t s = 0; s < shape.sequences; ++s)
-      shape.kv_len = std::max(shape.kv_len, checked_length(a, s, shape.slots));
+      shape.kv_len = (std::max)(shape.kv_len, checked_length(a, s, shape.slots));
     return shape;
   }
   /// kv_len plus slots of sequence s.

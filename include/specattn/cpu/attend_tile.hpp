@@ -32,92 +32,132 @@ struct tile_scratch {
   float* q = nullptr;                 ///< [rows, stride] queries times the scale, zero padded
   float* scores = nullptr;            ///< [rows, tile_positions] scores, then weights relative to the row's maximum
   float* unpacked = nullptr;          ///< [unpack_positions, stride]
-  std::ptrdiff_t* offsets = nullptr;  ///< [tile_positions] where each position's row starts, padded to whole groups
-  std::int32_t* counts = nullptr;     ///< [rows] positions of this tile that the row attends to; ascending
-  attention_state* states = nullptr;  ///< [rows] of the split
-  float* sums = nullptr;              ///< [rows, stride] of the split: sum of weight * value
+  std::ptrdiff_t* offsets = nullptr;  ///< [tile_positions] where each position's row starts, the last repeated
+  std::ptrdiff_t* next_offsets = nullptr;  ///< [tile_positions] the same of the next tile; of this one at the end
+  std::int32_t* counts = nullptr;          ///< [rows] positions of this tile that the row attends to; ascending
+  attention_state* states = nullptr;       ///< [rows] of the split
+  float* sums = nullptr;                   ///< [rows, stride] of the split: sum of weight * value
   int stride = 0;
 };
 
-/// Rows of a cache, converted as they are read.
-template <class T>
+inline constexpr int max_added = 6;                               ///< rows whose sums stay in registers together
+inline constexpr int max_scored = lanes::many_registers ? 4 : 2;  ///< queries that share a converted key
+
+/// Rows of a cache, converted as they are read. Reading one fetches another that is read later: gathered rows have no
+/// stride that hardware could guess, a round's working set is larger than the caches, and without this a pass waits
+/// for memory most of its time.
+template <class T, int HeadDim>
 struct rows_in_place {
   const T* base;
   const std::ptrdiff_t* offsets;
+  const T* later_base;
+  const std::ptrdiff_t* later_offsets;
   [[gnu::always_inline]] lanes chunk(int position, int c) const {
     return lanes::load(base + offsets[position] + c * lanes::width);
   }
+  [[gnu::always_inline]] void enter(int position) const {
+    constexpr int elements_a_line = 64 / static_cast<int>(sizeof(T));
+#pragma GCC unroll 8
+    for (int d = 0; d < HeadDim; d += elements_a_line) __builtin_prefetch(later_base + later_offsets[position] + d);
+  }
+  [[gnu::always_inline]] rows_in_place from(int position) const {
+    return {base, offsets + position, later_base, later_offsets + position};
+  }
 };
-/// Rows that were converted to float before.
+/// Rows that were converted to float before. Their stride is known to the compiler where HeadDim is: sixteen rows are
+/// then one pointer and constants.
+template <int HeadDim>
 struct rows_unpacked {
   const float* base;
-  std::ptrdiff_t stride;
+  std::ptrdiff_t any_stride;
+  [[gnu::always_inline]] std::ptrdiff_t stride() const { return HeadDim > 0 ? HeadDim : any_stride; }
   [[gnu::always_inline]] lanes chunk(int position, int c) const {
-    return lanes::load(base + position * stride + c * lanes::width);
+    return lanes::load(base + position * stride() + c * lanes::width);
   }
+  [[gnu::always_inline]] void enter(int) const {}
+  [[gnu::always_inline]] rows_unpacked from(int position) const { return {base + position * stride(), any_stride}; }
 };
 
 /// Dot products of `Queries` queries with lanes::width positions. Each product runs down head_dim in `width` partial
 /// sums, which are folded pairwise: the same operations for every position, query and number of queries.
-template <int Chunks, int Queries, class Rows>
+template <int HeadDim, int Queries, class Rows>
 struct dot_products {
+  static constexpr int chunks = HeadDim / lanes::width;
   const float* q;
-  int stride;
-  int chunks;  // used where Chunks is 0
+  std::ptrdiff_t any_stride;
   Rows rows;
-  int first;
   using result = std::array<lanes, Queries>;
 
+  [[gnu::always_inline]] lanes query(int i, int c) const {
+    return lanes::load(q + i * (HeadDim > 0 ? HeadDim : any_stride) + c * lanes::width);
+  }
   [[gnu::always_inline]] result leaf(int position) const {
     result sum;
-    for (int i = 0; i < Queries; ++i) sum[i] = lanes::zero();
-    const int count = Chunks > 0 ? Chunks : chunks;
+    rows.enter(position);
+    if constexpr (chunks > 1) {
+      const lanes first = rows.chunk(position, 0);
+      for (int i = 0; i < Queries; ++i) sum[i] = multiply(query(i, 0), first);
 #pragma GCC unroll 16
-    for (int c = 0; c < count; ++c) {
-      const lanes k = rows.chunk(position, c);
-#pragma GCC unroll 4
-      for (int i = 0; i < Queries; ++i) sum[i] = fmadd(lanes::load(q + i * stride + c * lanes::width), k, sum[i]);
+      for (int c = 1; c < chunks; ++c) {
+        const lanes k = rows.chunk(position, c);
+        for (int i = 0; i < Queries; ++i) sum[i] = fmadd(query(i, c), k, sum[i]);
+      }
+    } else {  // from zero: a lone product must not meet the sums of fold() as something to fuse with
+      for (int i = 0; i < Queries; ++i) sum[i] = lanes::zero();
+      const int count = HeadDim > 0 ? chunks : static_cast<int>(any_stride) / lanes::width;
+      for (int c = 0; c < count; ++c) {
+        const lanes k = rows.chunk(position, c);
+        for (int i = 0; i < Queries; ++i) sum[i] = fmadd(query(i, c), k, sum[i]);
+      }
     }
     return sum;
   }
   template <int Level, int Leaf>
   [[gnu::always_inline]] result tree() const {
     if constexpr (Level == 0) {
-      return leaf(first + leaf_position[Leaf]);
+      return leaf(leaf_position[Leaf]);
     } else {
       const result a = tree<Level - 1, Leaf>();
       const result b = tree<Level - 1, Leaf + (1 << (Level - 1))>();
       result sum;
-#pragma GCC unroll 4
       for (int i = 0; i < Queries; ++i) sum[i] = fold<Level>(a[i], b[i]);
       return sum;
     }
   }
 };
 
-/// Scores of `Queries` rows against positions first … first + n of `rows` (whole groups of width).
-template <int Chunks, int Queries, class Rows>
-inline void score_rows(const tile_scratch& s, int row, Rows rows, int first, int n, int into) {
-  const float* q = s.q + row * s.stride;
-  float* out = s.scores + row * tile_positions + into;
+/// Scores of `Queries` rows of q against positions 0 … n of `rows` (whole groups of width).
+template <int HeadDim, int Queries, class Rows>
+inline void score_rows(const float* q, std::ptrdiff_t stride, Rows rows, int n, float* scores) {
   for (int p = 0; p < n; p += lanes::width) {
-    const dot_products<Chunks, Queries, Rows> dots{q, s.stride, s.stride / lanes::width, rows, first + p};
+    const dot_products<HeadDim, Queries, Rows> dots{q, stride, rows.from(p)};
     const auto sums = dots.template tree<fold_levels, 0>();
-    for (int i = 0; i < Queries; ++i) sums[i].store(out + i * tile_positions + p);
+    for (int i = 0; i < Queries; ++i) sums[i].store(scores + i * tile_positions + p);
   }
 }
 
-/// Adds weight * value over positions [first, last) of `rows`, in order, to `Queries` rows' sums, `Columns` registers
-/// of head_dim from chunk `column` on. `weights` points at the first row's weight of position 0.
+template <int HeadDim, class Rows>
+inline void score_rows(int queries, const float* q, std::ptrdiff_t stride, Rows rows, int n, float* scores) {
+  if constexpr (max_scored > 2) {
+    if (queries == 4) return score_rows<HeadDim, 4>(q, stride, rows, n, scores);
+    if (queries == 3) return score_rows<HeadDim, 3>(q, stride, rows, n, scores);
+  }
+  if (queries == 2) return score_rows<HeadDim, 2>(q, stride, rows, n, scores);
+  return score_rows<HeadDim, 1>(q, stride, rows, n, scores);
+}
+
+/// Adds weight * value over positions 0 … n of `rows`, in order, to `Queries` rows' sums, `Columns` registers of
+/// head_dim from chunk `column` on. `weights` points at the first row's weight of position 0.
 template <int Columns, int Queries, class Rows>
-inline void add_values(const float* weights, Rows rows, int first, int last, int column, float* sums, int stride) {
+inline void add_values(const float* weights, Rows rows, int n, int column, float* sums, std::ptrdiff_t stride) {
   lanes sum[Queries][Columns];
 #pragma GCC unroll 8
   for (int i = 0; i < Queries; ++i)
 #pragma GCC unroll 4
     for (int c = 0; c < Columns; ++c) sum[i][c] = lanes::load(sums + i * stride + (column + c) * lanes::width);
-  for (int p = first; p < last; ++p) {
+  for (int p = 0; p < n; ++p) {
     lanes v[Columns];
+    rows.enter(p);
 #pragma GCC unroll 4
     for (int c = 0; c < Columns; ++c) v[c] = rows.chunk(p, column + c);
 #pragma GCC unroll 8
@@ -133,24 +173,22 @@ inline void add_values(const float* weights, Rows rows, int first, int last, int
     for (int c = 0; c < Columns; ++c) sum[i][c].store(sums + i * stride + (column + c) * lanes::width);
 }
 
-inline constexpr int max_queries = 6;  ///< rows whose sums stay in registers together
-
 template <int Columns, class Rows>
-inline void add_values(int queries, const float* weights, Rows rows, int first, int last, int column, float* sums,
-                       int stride) {
+inline void add_values(int queries, const float* weights, Rows rows, int n, int column, float* sums,
+                       std::ptrdiff_t stride) {
   switch (queries) {
     case 1:
-      return add_values<Columns, 1>(weights, rows, first, last, column, sums, stride);
+      return add_values<Columns, 1>(weights, rows, n, column, sums, stride);
     case 2:
-      return add_values<Columns, 2>(weights, rows, first, last, column, sums, stride);
+      return add_values<Columns, 2>(weights, rows, n, column, sums, stride);
     case 3:
-      return add_values<Columns, 3>(weights, rows, first, last, column, sums, stride);
+      return add_values<Columns, 3>(weights, rows, n, column, sums, stride);
     case 4:
-      return add_values<Columns, 4>(weights, rows, first, last, column, sums, stride);
+      return add_values<Columns, 4>(weights, rows, n, column, sums, stride);
     case 5:
-      return add_values<Columns, 5>(weights, rows, first, last, column, sums, stride);
+      return add_values<Columns, 5>(weights, rows, n, column, sums, stride);
     default:
-      return add_values<Columns, 6>(weights, rows, first, last, column, sums, stride);
+      return add_values<Columns, 6>(weights, rows, n, column, sums, stride);
   }
 }
 
@@ -160,11 +198,19 @@ struct tile_kernel {
   static_assert(HeadDim % lanes::width == 0);
   static constexpr int chunks = HeadDim / lanes::width;
   static constexpr int register_columns = lanes::many_registers ? 4 : 2;
-  static constexpr int columns = HeadDim == 0 ? register_columns : std::min(chunks, register_columns);
+  static constexpr int columns = HeadDim == 0 ? register_columns : (std::min)(chunks, register_columns);
   int head_dim;
 
-  /// Converting first pays when several readers follow; float needs none, an odd head_dim always needs the padding.
-  static bool in_place(int readers) { return HeadDim != 0 && (std::is_same_v<T, float> || readers <= 1); }
+  /// Whether to convert rows as they are read, once for each block of queries. Storing them converted pays only for
+  /// many blocks (a store costs more than a conversion); float needs neither, an odd head_dim needs the padding.
+  static bool in_place(int blocks) { return HeadDim != 0 && (std::is_same_v<T, float> || blocks <= 4); }
+  /// Even blocks: how many of `rows` the next of `blocks` takes.
+  static int share(int rows, int blocks) { return (rows + blocks - 1) / blocks; }
+
+  static void fetch(const T* base, const std::ptrdiff_t* offsets, int n) {
+    const rows_in_place<T, HeadDim> rows{base, offsets, base, offsets};
+    for (int p = 0; p < n; ++p) rows.enter(p);
+  }
 
   /// Rows offsets[first] … offsets[first + n) of `base` as floats, zero padded to the stride.
   void unpack(const tile_scratch& s, const T* base, int first, int n) const {
@@ -182,78 +228,83 @@ struct tile_kernel {
     }
   }
 
+  /// Scores of rows [first_row, rows) against positions from … from + n of the tile, which are `source`'s first.
   template <class Rows>
-  static void score_pairs(const tile_scratch& s, int first_row, int rows, Rows source, int first, int from, int n) {
-    int row = first_row;
-    for (; row + 2 <= rows; row += 2) {
-      const int need = std::min(whole_groups(s.counts[row + 1]) - from, n);
-      score_rows<chunks, 2>(s, row, source, first, need, from);
+  static void score_blocks(const tile_scratch& s, int first_row, int rows, Rows source, int from, int n) {
+    int blocks = share(rows - first_row, max_scored);
+    for (int row = first_row; blocks > 0; --blocks) {
+      const int queries = share(rows - row, blocks);
+      const int part = (std::min)(whole_groups(s.counts[row + queries - 1]) - from, n);
+      float* scores = s.scores + row * tile_positions + from;
+      score_rows<HeadDim>(queries, s.q + row * s.stride, s.stride, source, part, scores);
+      row += queries;
     }
-    if (row < rows)
-      score_rows<chunks, 1>(s, row, source, first, std::min(whole_groups(s.counts[row]) - from, n), from);
   }
 
-  /// Scores of rows [first_row, rows) against the tile's n positions.
-  void score(const tile_scratch& s, int first_row, int rows, const T* keys, int n) const {
+  /// Scores of rows [first_row, rows) against the tile's n positions; fetches their values.
+  void score(const tile_scratch& s, int first_row, int rows, const T* keys, const T* values, int n) const {
     const int padded = whole_groups(n);
-    if (in_place((rows - first_row + 1) / 2)) {
-      score_pairs(s, first_row, rows, rows_in_place<T>{keys, s.offsets}, 0, 0, padded);
+    if (in_place(share(rows - first_row, max_scored))) {
+      const rows_in_place<T, HeadDim> source{keys, s.offsets, values, s.offsets};
+      score_blocks(s, first_row, rows, source, 0, padded);
       return;
     }
     const int step = unpack_positions(s.stride);
     for (int from = 0; from < padded; from += step) {
-      const int part = std::min(step, padded - from);
+      const int part = (std::min)(step, padded - from);
       unpack(s, keys, from, part);
-      score_pairs(s, first_row, rows, rows_unpacked{s.unpacked, s.stride}, 0, from, part);
+      const rows_unpacked<HeadDim> source{s.unpacked, s.stride};
+      score_blocks(s, first_row, rows, source, from, part);
     }
   }
 
-  /// Values of positions [from, to) of the tile, `source` starting at position `origin`.
+  /// Weighted values of positions [from, to) of the tile for `queries` rows; `source` starts at `from`.
   template <class Rows>
-  static void add_block(const tile_scratch& s, int row, int queries, Rows source, int origin, int from, int to) {
+  static void add_block(const tile_scratch& s, int row, int queries, Rows source, int from, int to) {
     const int all = s.stride / lanes::width;
-    const float* weights = s.scores + row * tile_positions + origin;
-    float* sums = s.sums + row * s.stride;
-    const auto run = [&](int q, const float* w, int first, int last, float* sum) {
+    const auto run = [&](int count, int first_query, Rows rows, int first, int n) {
+      const float* weights = s.scores + (row + first_query) * tile_positions + first;
+      float* sums = s.sums + (row + first_query) * s.stride;
       int column = 0;
       for (; column + columns <= all; column += columns)
-        add_values<columns>(q, w, source, first - origin, last - origin, column, sum, s.stride);
+        add_values<columns>(count, weights, rows, n, column, sums, s.stride);
       if constexpr (HeadDim == 0 || chunks % columns != 0) {
-        for (; column < all; ++column)
-          add_values<1>(q, w, source, first - origin, last - origin, column, sum, s.stride);
+        for (; column < all; ++column) add_values<1>(count, weights, rows, n, column, sums, s.stride);
       }
     };
     // Positions that every row of the block attends to, then what each row has beyond: a row never touches a value
     // that it does not attend to, not even with weight zero (0 * inf).
     const int common = std::clamp(s.counts[row], from, to);
-    if (common > from) run(queries, weights, from, common, sums);
+    if (common > from) run(queries, 0, source, from, common - from);
     for (int i = 0; i < queries; ++i) {
-      const int last = std::min(s.counts[row + i], to);
-      if (last > common) run(1, weights + i * tile_positions, common, last, sums + i * s.stride);
+      const int last = (std::min)(s.counts[row + i], to);
+      if (last > common) run(1, i, source.from(common - from), common, last - common);
     }
   }
 
   template <class Rows>
-  static void add_blocks(const tile_scratch& s, int first_row, int rows, Rows source, int origin, int from, int to) {
-    const int blocks = (rows - first_row + max_queries - 1) / max_queries;
-    for (int b = 0, row = first_row; b < blocks; ++b) {
-      const int queries = (rows - row + blocks - b - 1) / (blocks - b);
-      add_block(s, row, queries, source, origin, from, to);
+  static void add_blocks(const tile_scratch& s, int first_row, int rows, Rows source, int from, int to) {
+    int blocks = share(rows - first_row, max_added);
+    for (int row = first_row; blocks > 0; --blocks) {
+      const int queries = share(rows - row, blocks);
+      add_block(s, row, queries, source, from, to);
       row += queries;
     }
   }
 
-  /// Adds weight * value of the tile's n positions to the sums of rows [first_row, rows).
-  void add(const tile_scratch& s, int first_row, int rows, const T* values, int n) const {
-    if (in_place((rows - first_row + max_queries - 1) / max_queries)) {
-      add_blocks(s, first_row, rows, rows_in_place<T>{values, s.offsets}, 0, 0, n);
+  /// Adds weight * value of the tile's n positions to the sums of rows [first_row, rows); fetches the next tile's keys.
+  void add(const tile_scratch& s, int first_row, int rows, const T* keys, const T* values, int n) const {
+    if (in_place(share(rows - first_row, max_added))) {
+      const rows_in_place<T, HeadDim> source{values, s.offsets, keys, s.next_offsets};
+      add_blocks(s, first_row, rows, source, 0, n);
       return;
     }
     const int step = unpack_positions(s.stride);
     for (int from = 0; from < n; from += step) {
-      const int part = std::min(step, n - from);
+      const int part = (std::min)(step, n - from);
       unpack(s, values, from, part);
-      add_blocks(s, first_row, rows, rows_unpacked{s.unpacked, s.stride}, from, from, from + part);
+      const rows_unpacked<HeadDim> source{s.unpacked, s.stride};
+      add_blocks(s, first_row, rows, source, from, from + part);
     }
   }
 };
@@ -268,7 +319,7 @@ inline void soften_row(const tile_scratch& s, int row) {
   const int last = padded - lanes::width;
   lanes::load(scores + last).first(n - last, nothing).store(scores + last);
   lanes high = lanes::load(scores);
-  for (int p = lanes::width; p < padded; p += lanes::width) high = max(high, lanes::load(scores + p));
+  for (int p = lanes::width; p < padded; p += lanes::width) high = greater(high, lanes::load(scores + p));
 
   attention_state& state = s.states[row];
   const float found = max_of_lanes(high);

@@ -28,6 +28,20 @@
 
 namespace specattn::inline v0_1::detail {
 
+#if defined(__AVX2__)
+/// The sum of the lanes, by halves: one fixed order.
+[[gnu::always_inline]] inline float sum_of_lanes(__m256 x) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+[[gnu::always_inline]] inline float max_of_lanes(__m256 x) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+#endif
+
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 
 struct lanes {
@@ -66,7 +80,7 @@ struct lanes {
 [[gnu::always_inline]] inline lanes subtract(lanes a, lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }
 [[gnu::always_inline]] inline lanes multiply(lanes a, lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
 [[gnu::always_inline]] inline lanes fmadd(lanes a, lanes b, lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-[[gnu::always_inline]] inline lanes max(lanes a, lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
+[[gnu::always_inline]] inline lanes greater(lanes a, lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
 /// 2^n * x where `exponent` is n (whole), and 0 where `guard` is below `least`.
 [[gnu::always_inline]] inline lanes scale_by_power(lanes x, lanes exponent, lanes guard, float least) {
   const __mmask16 live = _mm512_cmp_ps_mask(guard.v, _mm512_set1_ps(least), _CMP_NLT_UQ);
@@ -74,6 +88,16 @@ struct lanes {
 }
 [[gnu::always_inline]] inline lanes round_to_whole(lanes x) {
   return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+
+[[gnu::always_inline]] inline __m256 upper_half(lanes x) {
+  return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x.v), 1));
+}
+[[gnu::always_inline]] inline float sum_of_lanes(lanes x) {
+  return sum_of_lanes(_mm256_add_ps(_mm512_castps512_ps256(x.v), upper_half(x)));
+}
+[[gnu::always_inline]] inline float max_of_lanes(lanes x) {
+  return max_of_lanes(_mm256_max_ps(_mm512_castps512_ps256(x.v), upper_half(x)));
 }
 
 /// Position whose partial sums are leaf k of fold() below, so that its total comes out in lane (that position).
@@ -133,7 +157,7 @@ struct lanes {
 [[gnu::always_inline]] inline lanes subtract(lanes a, lanes b) { return {_mm256_sub_ps(a.v, b.v)}; }
 [[gnu::always_inline]] inline lanes multiply(lanes a, lanes b) { return {_mm256_mul_ps(a.v, b.v)}; }
 [[gnu::always_inline]] inline lanes fmadd(lanes a, lanes b, lanes c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-[[gnu::always_inline]] inline lanes max(lanes a, lanes b) { return {_mm256_max_ps(a.v, b.v)}; }
+[[gnu::always_inline]] inline lanes greater(lanes a, lanes b) { return {_mm256_max_ps(a.v, b.v)}; }
 [[gnu::always_inline]] inline lanes scale_by_power(lanes x, lanes exponent, lanes guard, float least) {
   const __m256 live = _mm256_cmp_ps(guard.v, _mm256_set1_ps(least), _CMP_NLT_UQ);
   const __m256i n = _mm256_add_epi32(_mm256_cvtps_epi32(exponent.v), _mm256_set1_epi32(127));
@@ -142,6 +166,8 @@ struct lanes {
 [[gnu::always_inline]] inline lanes round_to_whole(lanes x) {
   return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
+[[gnu::always_inline]] inline float sum_of_lanes(lanes x) { return sum_of_lanes(x.v); }
+[[gnu::always_inline]] inline float max_of_lanes(lanes x) { return max_of_lanes(x.v); }
 
 inline constexpr int leaf_position[8] = {0, 4, 1, 5, 2, 6, 3, 7};
 
@@ -211,7 +237,7 @@ inline lanes fmadd(const lanes& a, const lanes& b, const lanes& c) {
   return lanes::each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });  // nothing to fuse it with
 #endif
 }
-inline lanes max(const lanes& a, const lanes& b) {
+inline lanes greater(const lanes& a, const lanes& b) {
   return lanes::each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
 inline lanes scale_by_power(const lanes& x, const lanes& exponent, const lanes& guard, float least) {
@@ -244,25 +270,23 @@ inline lanes fold(const lanes& a, const lanes& b) {
   }
 }
 
+/// The sum of the lanes, by halves: one fixed order.
+inline float sum_of_lanes(const lanes& x) {
+  lanes v = x;
+  for (int half = lanes::width / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v.v[i] += v.v[i + half];
+  return v.v[0];
+}
+inline float max_of_lanes(const lanes& x) {
+  lanes v = x;
+  for (int half = lanes::width / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v.v[i] = v.v[i] > v.v[i + half] ? v.v[i] : v.v[i + half];
+  return v.v[0];
+}
+
 #endif
 
 inline constexpr int fold_levels = std::countr_zero(static_cast<unsigned>(lanes::width));
-
-/// The sum of the lanes, by halves: one fixed order.
-inline float sum_of_lanes(lanes x) {
-  alignas(64) float v[lanes::width];
-  x.store(v);
-  for (int half = lanes::width / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] += v[i + half];
-  return v[0];
-}
-inline float max_of_lanes(lanes x) {
-  alignas(64) float v[lanes::width];
-  x.store(v);
-  for (int half = lanes::width / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) v[i] = v[i] > v[i + half] ? v[i] : v[i + half];
-  return v[0];
-}
 
 /// The first n elements (fewer than a register) with zeros behind; reads no further.
 template <storage T>
