@@ -11,6 +11,8 @@
 #include "cached_attention.hpp"
 #include "golden.hpp"
 #include "llama.hpp"
+#include "specattn/alignment.hpp"
+#include "specattn/cpu/alignment.hpp"
 
 namespace {
 
@@ -25,7 +27,67 @@ double difference(const float* a, const float* b, std::size_t count) {
   return off;
 }
 
+/// The weights of every position of a text, averaged over the heads: [layers, tokens, tokens].
+std::vector<float> head_means(context<cpu>& ctx, const std::string& name, const std::vector<std::int32_t>& ids) {
+  mini_llm::llama model = load_model(name);
+  const auto tokens = static_cast<std::int32_t>(ids.size());
+  cached_attention<float> attention(ctx, model.shape(), tokens);
+  attention.record_all();
+  std::vector<float> means(static_cast<std::size_t>(model.shape().layers) * ids.size() * ids.size());
+  for (std::int32_t first = 0; first < tokens; first += model.shape().max_slots) {
+    const std::int32_t count = std::min(tokens - first, model.shape().max_slots);
+    all_logits(ctx, model, attention, {ids.begin() + first, ids.begin() + first + count}, ids.size());
+    for (std::int32_t layer = 0; layer < model.shape().layers; ++layer) {
+      for (std::int32_t slot = 0; slot < count; ++slot) {
+        float* const to = means.data() + static_cast<std::size_t>((layer * tokens + first + slot) * tokens);
+        for (std::int32_t head = 0; head < model.shape().q_heads; ++head) {
+          const float* const from = &attention.weights()(layer, slot, head, 0);
+          for (std::int32_t j = 0; j <= first + slot; ++j) {
+            to[j] += from[j] / static_cast<float>(model.shape().q_heads);
+          }
+        }
+      }
+    }
+  }
+  return means;
+}
+
 }  // namespace
+
+TEST_CASE("llama with attend: divergences between the pair's layers equal the golden ones") {
+  context<cpu> ctx(2);
+  const golden_values golden("divergence");
+  const auto ids = golden.ids("input_ids");
+  const auto expected = golden.get<double>("divergence");
+  const std::ptrdiff_t tokens = static_cast<std::ptrdiff_t>(ids.size());
+  const auto draft = head_means(ctx, "books-1m", ids);
+  const auto target = head_means(ctx, "books-7m", ids);
+  const auto last_off = [&](const std::vector<float>& means, const std::vector<float>& last, std::size_t layers) {
+    double off = 0.0;
+    for (std::size_t l = 0; l < layers; ++l) {
+      const float* const row = means.data() + ((l + 1) * ids.size() - 1) * ids.size();
+      off = std::max(off, difference(row, last.data() + l * ids.size(), ids.size()));
+    }
+    return off;
+  };
+  CHECK(last_off(draft, golden.floats("draft_weights_last_row"), 4) <= 1e-4);
+  CHECK(last_off(target, golden.floats("target_weights_last_row"), 8) <= 1e-4);
+
+  specattn::divergence_accumulator sum(8, 4);
+  for (std::ptrdiff_t row = 0; row < tokens; ++row) {
+    const specattn::view<const float, 2> of_target(target.data() + row * tokens, {8, row + 1}, {tokens * tokens, 1});
+    const specattn::view<const float, 2> of_draft(draft.data() + row * tokens, {4, row + 1}, {tokens * tokens, 1});
+    sum.add(ctx, of_target, of_draft);
+  }
+  const auto means = sum.mean();
+  REQUIRE(means.size() == expected.size());
+  double off = 0.0;
+  for (std::size_t i = 0; i < means.size(); ++i) {
+    off = std::max(off, std::abs(static_cast<double>(means[i]) - expected[i]));
+  }
+  MESSAGE("divergences within ", off);
+  CHECK(off <= 1e-3);
+}
 
 TEST_CASE("llama with attend: logits and recorded weights equal the golden ones") {
   context<cpu> ctx(2);
