@@ -342,20 +342,14 @@ TEST_CASE_TEMPLATE("attend: a cache pruned by keep() gives the bits of the selec
     p.kept[0][1] = p.kept[0][0];
     const auto selected = run(fixture, p);
 
-    problem<fp16> pruned = p;  // the same rows, moved together
-    pruned.kept.clear();
-    pruned.texts[0].k.clear();
-    pruned.texts[0].v.clear();
+    auto cache = filled_cache(fixture, p);
     list rows = p.kept[0][0];
-    rows.push_back(300);
-    const std::ptrdiff_t row = shape.kv_heads * shape.head_dim;
-    for (std::int32_t r : rows) {
-      const text<fp16>& t = p.texts[0];
-      pruned.texts[0].k.insert(pruned.texts[0].k.end(), t.k.begin() + r * row, t.k.begin() + (r + 1) * row);
-      pruned.texts[0].v.insert(pruned.texts[0].v.end(), t.v.begin() + r * row, t.v.begin() + (r + 1) * row);
-    }
+    rows.push_back(300);  // the slot's own
+    cache.keep(fixture.context(), 0, rows);
+    problem<fp16> pruned = p;
+    pruned.kept.clear();
     pruned.shape.kv_lens = {static_cast<std::int32_t>(rows.size()) - 1};
-    CHECK(run(fixture, pruned).out == selected.out);
+    CHECK(run(fixture, pruned, cache).out == selected.out);
   }
 }
 

@@ -185,11 +185,10 @@ struct uploaded_selection {
   }
 };
 
-/// Runs a problem on a fixture's backend.
+/// Runs a problem on a fixture's backend over a cache that holds its rows.
 template <class Fixture, specattn::storage T>
-answer run(Fixture& fixture, const problem<T>& p) {
+answer run(Fixture& fixture, const problem<T>& p, const specattn::kv_cache<T, typename Fixture::backend>& cache) {
   using B = typename Fixture::backend;
-  const auto cache = filled_cache(fixture, p);
   const std::ptrdiff_t slots = p.slots(), heads = p.q_heads(), dim = p.shape.head_dim;
   const auto sequences = static_cast<std::ptrdiff_t>(p.shape.slots.size());
   std::vector<std::int32_t> offsets = {0};
@@ -238,6 +237,11 @@ answer run(Fixture& fixture, const problem<T>& p) {
   result.lse = fixture.download(lse);
   result.weights = fixture.download(weights);
   return result;
+}
+
+template <class Fixture, specattn::storage T>
+answer run(Fixture& fixture, const problem<T>& p) {
+  return run(fixture, p, filled_cache(fixture, p));
 }
 
 /// The positions that a slot attends to, in the order in which they are recorded.
