@@ -1,0 +1,70 @@
+"""Writes the seeds in corpus/: small files of each kind, from the embedded models and tests/mini_llm/data.
+
+    python make_corpus.py
+"""
+
+import json
+import pathlib
+import struct
+
+here = pathlib.Path(__file__).resolve().parent
+models = here / "../../examples/models"
+data = here / "../mini_llm/data"
+
+
+def write(target, name, content):
+    folder = here / "corpus" / target
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def safetensors(tensors):
+    header, body = {"__metadata__": {"format": "pt"}}, b""
+    for name, (dtype, shape, content) in tensors.items():
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(body), len(body) + len(content)]}
+        body += content
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+def shrunk(tokenizer, count):
+    """Few tokens and merges, all that the rest refers to."""
+    model = tokenizer["model"]
+    merges = model["merges"][:count]
+    keep = {"<unk>", "<s>", "</s>", "<0x0A>", "<0xC3>", "<0xA9>", *"Hewlord1\u0120\u2581<>"}
+    for merge in merges:
+        left, right = merge.split(" ") if isinstance(merge, str) else merge
+        keep |= {left, right, left + right}
+    model["merges"] = merges
+    model["vocab"] = {t: i for t, i in model["vocab"].items() if t in keep}
+    return json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":"))
+
+
+def main():
+    two = struct.pack("<2f", 1.0, -2.0)
+    write("safetensors", "types", safetensors({
+        "a": ("F32", [2], two), "b": ("BF16", [2, 1], two[:4]), "c": ("F16", [], two[:2]), "d": ("I64", [3, 0], b"")}))
+    write("safetensors", "empty", safetensors({}))
+    write("safetensors", "index", json.dumps({
+        "metadata": {"total_size": 8}, "weight_map": {"a": "model-00001-of-00001.safetensors"}}))
+
+    config = (models / "books-1m/config.json").read_text()
+    write("config", "books", config)
+    content = json.loads(config)
+    content["rope_scaling"] = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                               "original_max_position_embeddings": 8192}
+    write("config", "llama3", json.dumps(content) + '\0{"eos_token_id":[1,2],"bos_token_id":3}')
+    content["rope_parameters"] = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+    content |= {"architectures": ["MistralForCausalLM"], "rope_scaling": None, "sliding_window": None, "head_dim": None}
+    write("config", "mistral", json.dumps(content))
+
+    names = {"add_bos_token": True, "bos_token": {"content": "<s>"}, "add_eos_token": False, "eos_token": "</s>"}
+    text = "\0Hello <s>w\u00f6rld</s> it's 12  \n<mark> \U0001f600"
+    for path in sorted(data.glob("*.json")):
+        if path.name != "encodings.json":
+            tokenizer = json.loads(path.read_text())
+            has_marks = "<s>" in tokenizer["model"]["vocab"]
+            write("tokenizer", path.stem, shrunk(tokenizer, 6) + "\0" + (json.dumps(names) if has_marks else "{}") + text)
+
+
+main()
