@@ -13,7 +13,7 @@
 namespace mini_llm {
 namespace {
 
-constexpr std::size_t chunk_bytes = std::size_t{4} << 20;  // of a file resident at a time
+constexpr std::size_t chunk_bytes = std::size_t{512} << 10;  // of a file resident at a time
 
 /// Lets the kernel drop the pages of a part of a mapped file. They are read again if touched, so the pages at the
 /// ends, shared with other tensors, may go too.
