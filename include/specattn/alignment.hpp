@@ -1,6 +1,7 @@
 // Which draft attention guides which target attention: divergences, the paper's layer map, and mixtures.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -15,7 +16,7 @@ namespace specattn::inline v0_1 {
 
 /// What identifies a model to an alignment: one made for other models is refused.
 struct model_fingerprint {
-  std::string name;          ///< for messages only
+  std::string name;  ///< for messages only
   std::int32_t layers = 0;
   std::int32_t q_heads = 0;
   std::int32_t kv_heads = 0;
@@ -54,16 +55,20 @@ struct alignment {
   std::vector<float> coefficients;        ///< [target layers, target kv_heads, signals] non-negative, rows sum to one
   std::vector<float> mixture_divergence;  ///< [target layers, target kv_heads] nats left after the fit
   std::vector<std::int32_t> layer_map;    ///< [target layers] draft layer, non-decreasing
-  std::vector<float> divergence;          ///< [target layers, draft layers] mean KL(target ‖ draft) of head means, nats
+  std::vector<float> divergence;  ///< [target layers, draft layers] mean KL(target ‖ draft) of head means, nats
 
-  /// The paper's rule in the same form: target layer j takes the mean over the heads of draft layer layer_map[j].
+  /// The paper's rule in the same form: target layer j takes the mean over the heads of draft layer layer_map[j]. Its
+  /// mixture_divergence is that of the two layers' head means.
   alignment layer_map_only() const;
-  /// Throws contract_error naming the first inconsistency (sizes, negative or non-finite numbers, a row whose sum is
+  /// Throws contract_error naming the first inconsistency (sizes, limits, negative or non-finite numbers, a row whose sum is
   /// not one within 1e-3, a map that decreases or leaves the draft).
   void check() const;
 };
 
 namespace detail {
+
+/// More layers or heads than any model has: products of two stay far from overflowing.
+inline constexpr std::int32_t largest_model_part = 1 << 15;
 
 /// Every number of a vector finite and >= 0.
 inline void check_numbers(const std::vector<float>& numbers, const char* what) {
@@ -77,13 +82,17 @@ inline void check_numbers(const std::vector<float>& numbers, const char* what) {
 inline void alignment::check() const {
   using detail::expects;
   for (const model_fingerprint* model : {&draft, &target}) {
+    expects((std::max)({model->layers, model->q_heads, model->kv_heads}) <= detail::largest_model_part,
+            "alignment: a model of ", model->layers, " layers, ", model->q_heads, " q_heads and ", model->kv_heads,
+            " kv_heads; none may exceed ", detail::largest_model_part);
     expects(model->layers > 0 && model->q_heads > 0 && model->kv_heads > 0 && model->q_heads % model->kv_heads == 0,
             "alignment: a model of ", model->layers, " layers, ", model->q_heads, " q_heads and ", model->kv_heads,
             " kv_heads");
   }
-  expects(signals.draft_layers == draft.layers && signals.draft_q_heads == draft.q_heads,
-          "alignment: signals of ", signals.draft_layers, " × ", signals.draft_q_heads, " draft heads, the draft has ",
-          draft.layers, " × ", draft.q_heads);
+  expects(signals.draft_layers == draft.layers && signals.draft_q_heads == draft.q_heads, "alignment: signals of ",
+          signals.draft_layers, " × ", signals.draft_q_heads, " draft heads, the draft has ", draft.layers, " × ",
+          draft.q_heads);
+  expects(signals.windows.size() <= 64, "alignment: ", signals.windows.size(), " recency windows; at most 64");
   for (std::int32_t window : signals.windows) expects(window > 0, "alignment: a recency window of ", window);
   expects(signals.sinks >= 0, "alignment: a sink signal over ", signals.sinks, " positions");
   const auto count = static_cast<std::size_t>(signals.count());
@@ -107,8 +116,8 @@ inline void alignment::check() const {
   }
   for (std::size_t j = 0; j < layer_map.size(); ++j) {
     expects(layer_map[j] >= 0 && layer_map[j] < draft.layers && (j == 0 || layer_map[j] >= layer_map[j - 1]),
-            "alignment: target layer ", j, " maps to draft layer ", layer_map[j], ", which decreases or is outside 0 … ",
-            draft.layers - 1);
+            "alignment: target layer ", j, " maps to draft layer ", layer_map[j],
+            ", which decreases or is outside 0 … ", draft.layers - 1);
   }
 }
 
@@ -132,11 +141,18 @@ inline alignment alignment::layer_map_only() const {
 }
 
 /// The paper's layer map: the non-decreasing assignment of a draft layer to each target layer with the least total
-/// divergence, by dynamic programming; ties take the smaller draft layer. `divergence` [target layers, draft layers].
+/// divergence, by dynamic programming; of equal ones that which takes the smaller draft layers, the last target layer
+/// first. `divergence` [target layers, draft layers], any finite numbers.
 inline std::vector<std::int32_t> monotone_layer_map(view<const float, 2> divergence) {
   const std::ptrdiff_t targets = divergence.extent(0);
   const std::ptrdiff_t drafts = divergence.extent(1);
   detail::expects(targets > 0 && drafts > 0, "monotone_layer_map: a matrix of ", targets, " × ", drafts, " layers");
+  for (std::ptrdiff_t j = 0; j < targets; ++j) {
+    for (std::ptrdiff_t i = 0; i < drafts; ++i) {
+      detail::expects(std::isfinite(divergence(j, i)), "monotone_layer_map: the divergence of target layer ", j,
+                      " and draft layer ", i, " is ", divergence(j, i));
+    }
+  }
   const auto at = [drafts](std::ptrdiff_t j, std::ptrdiff_t i) { return static_cast<std::size_t>(j * drafts + i); };
   std::vector<double> cost(static_cast<std::size_t>(targets * drafts));  // least total of layers 0 … j with j on i
   std::vector<std::int32_t> from(cost.size());

@@ -1,15 +1,21 @@
 // Alignments as JSON text and files. The one header that needs nlohmann-json; specattn.hpp does not include it.
 #pragma once
 
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <filesystem>
 #include <fstream>
-#include <iterator>
+#include <limits>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <type_traits>
+#include <vector>
 
 #include "alignment.hpp"
 #include "error.hpp"
@@ -22,13 +28,17 @@ inline constexpr std::int32_t alignment_format = 1;
 namespace detail {
 
 /// Sizes beyond these are no model's: they bound what a hostile file can make us allocate.
-inline constexpr std::int64_t largest_count = 1 << 16;
-inline constexpr std::size_t largest_alignment_bytes = std::size_t{1} << 30;
+inline constexpr std::int64_t largest_count = 1 << 30;
+inline constexpr std::size_t largest_alignment_bytes = std::size_t{1} << 28;
 inline constexpr int deepest_alignment = 16;
 
 inline nlohmann::json fingerprint_json(const model_fingerprint& model) {
-  return {{"name", model.name},         {"layers", model.layers},     {"q_heads", model.q_heads},
-          {"kv_heads", model.kv_heads}, {"head_dim", model.head_dim}, {"vocab", model.vocab},
+  return {{"name", model.name},
+          {"layers", model.layers},
+          {"q_heads", model.q_heads},
+          {"kv_heads", model.kv_heads},
+          {"head_dim", model.head_dim},
+          {"vocab", model.vocab},
           {"weights", std::to_string(model.weights)}};
 }
 
@@ -37,11 +47,17 @@ inline const nlohmann::json& field(const nlohmann::json& object, const char* nam
   return object[name];
 }
 
+/// An integer; one beyond 63 bits becomes the largest.
+inline std::int64_t whole_number(const nlohmann::json& value) {
+  if (!value.is_number_unsigned()) return value.get<std::int64_t>();
+  return static_cast<std::int64_t>((std::min)(value.get<std::uint64_t>(), std::uint64_t{INT64_MAX}));
+}
+
 inline std::int32_t count_field(const nlohmann::json& object, const char* name, std::int64_t least,
                                 std::int64_t most = largest_count) {
   const nlohmann::json& value = field(object, name);
   expects(value.is_number_integer(), "alignment: field '", name, "' is not an integer");
-  const auto number = value.get<std::int64_t>();
+  const std::int64_t number = whole_number(value);
   expects(number >= least && number <= most, "alignment: field '", name, "' is ", number, ", outside ", least, " … ",
           most);
   return static_cast<std::int32_t>(number);
@@ -57,22 +73,24 @@ inline model_fingerprint read_fingerprint(const nlohmann::json& document, const 
   const nlohmann::json& object = field(document, name);
   model_fingerprint model;
   model.name = text_field(object, "name");
-  model.layers = count_field(object, "layers", 1);
-  model.q_heads = count_field(object, "q_heads", 1);
-  model.kv_heads = count_field(object, "kv_heads", 1);
-  model.head_dim = count_field(object, "head_dim", 1);
-  model.vocab = count_field(object, "vocab", 1, std::int64_t{1} << 30);
+  model.layers = count_field(object, "layers", 1, largest_model_part);
+  model.q_heads = count_field(object, "q_heads", 1, largest_model_part);
+  model.kv_heads = count_field(object, "kv_heads", 1, largest_model_part);
+  model.head_dim = count_field(object, "head_dim", 0);
+  model.vocab = count_field(object, "vocab", 0);
   const std::string hash = text_field(object, "weights");
   expects(!hash.empty() && hash.size() <= 20 && hash.find_first_not_of("0123456789") == std::string::npos,
           "alignment: field 'weights' of the ", name, " is '", std::string_view(hash).substr(0, 32), "', not a hash");
-  for (char digit : hash) model.weights = model.weights * 10 + static_cast<std::uint64_t>(digit - '0');
+  const auto parsed = std::from_chars(hash.data(), hash.data() + hash.size(), model.weights);
+  expects(parsed.ec == std::errc{}, "alignment: field 'weights' of the ", name, " is ", hash, ", beyond 64 bits");
   return model;
 }
 
 template <class Number>
 std::vector<Number> read_numbers(const nlohmann::json& document, const char* name, std::size_t size) {
   const nlohmann::json& array = field(document, name);
-  expects(array.is_array() && array.size() == size, "alignment: field '", name, "' is no array of ", size, " numbers");
+  expects(array.is_array() && array.size() == size, "alignment: field '", name, "' is no array of ", size,
+          " numbers");
   std::vector<Number> numbers;
   numbers.reserve(size);
   for (const nlohmann::json& value : array) {
@@ -80,11 +98,14 @@ std::vector<Number> read_numbers(const nlohmann::json& document, const char* nam
     expects(fits, "alignment: field '", name, "' holds something that is no ",
             std::is_integral_v<Number> ? "integer" : "number");
     if constexpr (std::is_integral_v<Number>) {
-      const auto wide = value.get<std::int64_t>();
+      const std::int64_t wide = whole_number(value);
       expects(wide >= 0 && wide <= INT32_MAX, "alignment: field '", name, "' holds ", wide);
       numbers.push_back(static_cast<Number>(wide));
     } else {
-      numbers.push_back(value.get<Number>());
+      const auto wide = value.get<double>();  // checked before it is narrowed, which would be undefined
+      expects(std::abs(wide) <= static_cast<double>((std::numeric_limits<Number>::max)()), "alignment: field '", name,
+              "' holds ", wide);
+      numbers.push_back(static_cast<Number>(wide));
     }
   }
   return numbers;
@@ -107,21 +128,21 @@ inline signal_set read_signals(const nlohmann::json& document, const model_finge
 
 }  // namespace detail
 
-/// The alignment as JSON text.
+/// The alignment as JSON text. Numbers come back to the bit; a name that is not UTF-8 does not.
+/// \throws contract_error for an alignment that does not pass check()
 inline std::string to_json_text(const alignment& from) {
   from.check();
-  return nlohmann::json{{"specattn_alignment", alignment_format},
-                        {"draft", detail::fingerprint_json(from.draft)},
-                        {"target", detail::fingerprint_json(from.target)},
-                        {"signals",
-                         {{"windows", from.signals.windows},
-                          {"sinks", from.signals.sinks},
-                          {"history", from.signals.history}}},
-                        {"layer_map", from.layer_map},
-                        {"divergence", from.divergence},
-                        {"mixture_divergence", from.mixture_divergence},
-                        {"coefficients", from.coefficients}}
-             .dump(1) +
+  return nlohmann::json{
+             {"specattn_alignment", alignment_format},
+             {"draft", detail::fingerprint_json(from.draft)},
+             {"target", detail::fingerprint_json(from.target)},
+             {"signals",
+              {{"windows", from.signals.windows}, {"sinks", from.signals.sinks}, {"history", from.signals.history}}},
+             {"layer_map", from.layer_map},
+             {"divergence", from.divergence},
+             {"mixture_divergence", from.mixture_divergence},
+             {"coefficients", from.coefficients}}
+             .dump(1, ' ', false, nlohmann::json::error_handler_t::replace) +  // a name may be no UTF-8
          "\n";
 }
 
@@ -142,15 +163,14 @@ inline alignment from_json_text(std::string_view text) {
   detail::expects(document.is_object() && document.contains("specattn_alignment"),
                   "alignment: the document has no field 'specattn_alignment'");
   const std::int32_t format = detail::count_field(document, "specattn_alignment", 0);
-  detail::expects(format == alignment_format, "alignment: format ", format, ", this library reads ", alignment_format);
+  detail::expects(format == alignment_format, "alignment: format ", format, ", this library reads ",
+                  alignment_format);
   alignment result;
   result.draft = detail::read_fingerprint(document, "draft");
   result.target = detail::read_fingerprint(document, "target");
   result.signals = detail::read_signals(document, result.draft);
   const auto layers = static_cast<std::size_t>(result.target.layers);
   const std::size_t groups = layers * static_cast<std::size_t>(result.target.kv_heads);
-  const auto signals = static_cast<std::int64_t>(result.draft.layers) * result.draft.q_heads + 66;
-  detail::expects(signals < (std::int64_t{1} << 31), "alignment: ", signals, " signals are too many");
   result.layer_map = detail::read_numbers<std::int32_t>(document, "layer_map", layers);
   result.divergence =
       detail::read_numbers<float>(document, "divergence", layers * static_cast<std::size_t>(result.draft.layers));
@@ -161,39 +181,49 @@ inline alignment from_json_text(std::string_view text) {
   return result;
 }
 
-/// Writes the file whole or not at all: under another name first, then renamed.
-/// \throws contract_error when it cannot be written
+/// Writes the file whole or not at all: under another name in the same directory first, then renamed.
+/// \throws contract_error when `from` is inconsistent or the file cannot be written; what was there stays
 inline void save_alignment(const alignment& from, const std::string& path) {
   const std::string text = to_json_text(from);
   const std::string partial = path + ".partial";
+  std::error_code failed;
   bool written = false;
+  errno = 0;
   {
     std::ofstream out(partial, std::ios::binary);
     out.write(text.data(), static_cast<std::streamsize>(text.size()));
-    out.flush();
+    out.close();
     written = static_cast<bool>(out);
+    if (!written) failed = std::error_code(errno, std::generic_category());
   }
-  std::error_code failed;
   if (written) std::filesystem::rename(partial, path, failed);
   if (written && !failed) return;
   std::error_code ignored;
   std::filesystem::remove(partial, ignored);
-  detail::expects(false, "alignment: '", path, "' cannot be written");
+  detail::expects(false, "alignment: '", path, "' cannot be written: ", failed.message());
 }
 
-/// \throws contract_error when the file cannot be read or is not an alignment
+/// \throws contract_error, naming the file, when it cannot be read or is not an alignment
 inline alignment load_alignment(const std::string& path) {
   std::ifstream in(path, std::ios::binary);
   detail::expects(static_cast<bool>(in), "alignment: '", path, "' cannot be opened");
-  const std::string text{std::istreambuf_iterator<char>(in), {}};
-  return from_json_text(text);
+  std::string text;
+  for (char part[1 << 14];
+       in.read(part, sizeof part), in.gcount() > 0 && text.size() <= detail::largest_alignment_bytes;) {
+    text.append(part, static_cast<std::size_t>(in.gcount()));
+  }
+  try {
+    return from_json_text(text);
+  } catch (const contract_error& error) {
+    detail::raise<contract_error>("'" + path + "': " + error.what());
+  }
 }
 
 /// The same, and refuses an alignment made for other models.
 /// \throws contract_error naming both models and their values
 inline alignment load_alignment(const std::string& path, const model_fingerprint& draft,
                                 const model_fingerprint& target) {
-  const alignment found = load_alignment(path);
+  alignment found = load_alignment(path);
   const auto describe = [](const model_fingerprint& m) {
     return "'" + m.name + "' (" + std::to_string(m.layers) + " layers, " + std::to_string(m.q_heads) + "/" +
            std::to_string(m.kv_heads) + " heads of " + std::to_string(m.head_dim) + ", vocab " +
