@@ -53,10 +53,9 @@ class attend_pass {
   void run_with(context<cpu>& ctx) {
     const tile_kernel<T, HeadDim> kernel{a_.kv.head_dim};
     if (!plan_.shared()) {
-      // Later blocks of a prefill are longer: begin with them.
-      ctx.parallel_for(plan_.blocks(), [&](std::ptrdiff_t i, int member) {
-        whole_block(kernel, plan_.block(plan_.blocks() - 1 - i), member);
-      });
+      // The team takes the highest index first, which suits a prefill: its later blocks are longer.
+      ctx.parallel_for(plan_.blocks(),
+                       [&](std::ptrdiff_t i, int member) { whole_block(kernel, plan_.block(i), member); });
     } else {
       ctx.parallel_for(plan_.parts(),
                        [&](std::ptrdiff_t i, int member) { one_part(kernel, static_cast<std::int32_t>(i), member); });
@@ -81,7 +80,7 @@ class attend_pass {
     m.tile.stride = memory_.stride;
     take(m.tile.q, n * stride);
     take(m.tile.scores, n * tile_positions);
-    take(m.tile.unpacked, static_cast<std::size_t>(unpack_positions(memory_.stride)) * stride);
+    take(m.tile.unpacked, unpacked_floats(memory_.stride));
     take(m.tile.offsets, tile_positions);
     take(m.tile.next_offsets, tile_positions);
     take(m.tile.counts, n);

@@ -15,8 +15,9 @@
 
 namespace specattn::inline v0_1 {
 
-/// A fork-join team. The calling thread is member 0; the others spin briefly between calls, then sleep. One caller
-/// at a time. Nothing is allocated after construction.
+/// A fork-join team. The calling thread is member 0; the others spin briefly between calls, then sleep. A call ends
+/// when its indices are done, not when every member has looked: a member that sleeps, or that the system gave no
+/// processor, holds nobody up. One caller at a time. Nothing is allocated after construction.
 template <>
 class context<cpu> {
  public:
@@ -40,19 +41,19 @@ class context<cpu> {
     return workspace_.data();
   }
 
-  /// Calls body(index, member) once for every index in [0, count), members taking indices as they become free.
+  /// Calls body(index, member) once for every index in [0, count), members taking indices as they become free, the
+  /// highest first. count is below 2^32.
   /// Returns when all are done. `body` must not throw.
   template <class Body>
   void parallel_for(std::ptrdiff_t count, Body&& body) {
     if (count <= 0) return;
     if (count == 1 || workers_.empty()) {
-      for (std::ptrdiff_t i = 0; i < count; ++i) body(i, 0);
+      while (count > 0) body(--count, 0);
       return;
     }
     using body_type = std::remove_reference_t<Body>;
-    run(count, std::addressof(body), [](void* erased, std::ptrdiff_t i, int member) {
-      (*static_cast<body_type*>(erased))(i, member);
-    });
+    run(count, std::addressof(body),
+        [](void* erased, std::ptrdiff_t i, int member) { (*static_cast<body_type*>(erased))(i, member); });
   }
 
  private:
@@ -67,10 +68,12 @@ class context<cpu> {
   buffer<std::byte, cpu> workspace_;
   void* body_ = nullptr;
   task call_ = nullptr;
-  std::ptrdiff_t count_ = 0;
-  alignas(64) std::atomic<std::ptrdiff_t> next_{0};
+  /// Indices of the present call that nobody has taken, under the call's number: one word, so that a member that
+  /// comes late can take nothing of a call that it did not see begin. Whoever took an index may read body_ and call_
+  /// until it has counted the index as done.
+  alignas(64) std::atomic<std::uint64_t> open_{0};
+  alignas(64) std::atomic<std::ptrdiff_t> done_{0};
   alignas(64) std::atomic<std::uint32_t> generation_{0};
-  alignas(64) std::atomic<int> busy_{0};
   std::atomic<bool> stop_{false};
 };
 
@@ -92,22 +95,24 @@ inline context<cpu>::~context() {
 inline void context<cpu>::run(std::ptrdiff_t count, const void* body, task call) {
   body_ = const_cast<void*>(body);
   call_ = call;
-  count_ = count;
-  next_.store(0, std::memory_order_relaxed);
-  busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-  generation_.fetch_add(1, std::memory_order_release);
+  done_.store(0, std::memory_order_relaxed);
+  const std::uint32_t number = generation_.load(std::memory_order_relaxed) + 1;
+  open_.store((std::uint64_t{number} << 32) | static_cast<std::uint32_t>(count), std::memory_order_release);
+  generation_.store(number, std::memory_order_release);
   generation_.notify_all();
   work(0);
-  for (int spins = 0; busy_.load(std::memory_order_acquire) != 0; ++spins) {
+  for (int spins = 0; done_.load(std::memory_order_acquire) != count; ++spins) {
     if (spins > spins_before_sleep) std::this_thread::yield();
   }
 }
 
 inline void context<cpu>::work(int member) {
-  for (;;) {
-    const std::ptrdiff_t i = next_.fetch_add(1, std::memory_order_relaxed);
-    if (i >= count_) return;
-    call_(body_, i, member);
+  std::uint64_t open = open_.load(std::memory_order_acquire);
+  while (static_cast<std::uint32_t>(open) != 0) {
+    if (!open_.compare_exchange_weak(open, open - 1, std::memory_order_acquire)) continue;
+    call_(body_, static_cast<std::ptrdiff_t>(static_cast<std::uint32_t>(open)) - 1, member);
+    done_.fetch_add(1, std::memory_order_release);
+    open = open_.load(std::memory_order_acquire);
   }
 }
 
@@ -122,7 +127,6 @@ inline void context<cpu>::serve(int member) {
     seen = now;
     if (stop_.load(std::memory_order_relaxed)) return;
     work(member);
-    busy_.fetch_sub(1, std::memory_order_release);
   }
 }
 
