@@ -159,7 +159,7 @@ class kv_cache {
   /// Positions that fit a row without another page.
   std::int32_t capacity(std::int32_t row) const {
     const std::int64_t room = static_cast<std::int64_t>(checked(row, "capacity").pages) * layout_.page_positions;
-    return static_cast<std::int32_t>(std::min<std::int64_t>(room, shape_.max_positions));
+    return static_cast<std::int32_t>((std::min<std::int64_t>)(room, shape_.max_positions));
   }
   /// Free pages of the pool (contiguous: 0).
   std::int32_t free_pages() const { return static_cast<std::int32_t>(free_.size()); }

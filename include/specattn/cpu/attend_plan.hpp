@@ -39,15 +39,15 @@ struct attend_memory {
   static std::size_t line(std::size_t bytes) { return (bytes + 63) / 64 * 64; }
 
   attend_memory(const attend_shape& s, int threads) {
-    const std::int64_t group = s.kv_heads > 0 ? (std::max)(s.q_heads / s.kv_heads, 1) : 1;
-    const std::int64_t all_rows = s.slots * group;
+    // As if every query head shared one kv head: with the true group, a shape of fewer kv heads could need more.
+    const std::int64_t all_rows = std::int64_t{s.slots} * s.q_heads;
     const std::int64_t block_count = (all_rows / block_rows + s.sequences) * (std::max)(s.kv_heads, 1);
     const std::int64_t shared_blocks = (std::min<std::int64_t>)(block_count, shared_below(threads));
     const std::int64_t splits = s.kv_len / split_positions + 1;
-    stride = padded_dim(std::max(s.head_dim, 1));
+    stride = padded_dim((std::max)(s.head_dim, 1));
     max_blocks = static_cast<std::int32_t>(block_count);
     max_shared_parts = static_cast<std::int32_t>(shared_blocks * splits);
-    rows = static_cast<std::int32_t>(std::min<std::int64_t>(all_rows, block_rows));
+    rows = static_cast<std::int32_t>((std::min<std::int64_t>)(all_rows, block_rows));
     tiles = s.kv_len / tile_positions + 1;
     const auto n = static_cast<std::size_t>(rows);
     const std::size_t row_bytes = static_cast<std::size_t>(stride) * sizeof(float);
@@ -56,8 +56,8 @@ struct attend_memory {
     part = line(n * sizeof(attention_state)) + line(n * row_bytes);
     peaks = line(n * static_cast<std::size_t>(tiles) * sizeof(float));
     member = line(n * row_bytes) + line(n * tile_positions * sizeof(float)) +
-             line(static_cast<std::size_t>(unpack_positions(stride)) * row_bytes) +
-             2 * line(tile_positions * sizeof(std::ptrdiff_t)) + line(n * sizeof(std::int32_t)) + 2 * part + peaks;
+             line(unpacked_floats(stride) * sizeof(float)) + 2 * line(tile_positions * sizeof(std::ptrdiff_t)) +
+             line(n * sizeof(std::int32_t)) + 2 * part + peaks;
     parts = static_cast<std::size_t>(max_shared_parts) * part + static_cast<std::size_t>(shared_blocks) * peaks;
   }
   /// Passes with fewer blocks than this may share a block's splits among members.

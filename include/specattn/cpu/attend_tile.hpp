@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
@@ -11,6 +10,11 @@
 #include "../attention_state.hpp"
 #include "../scalar.hpp"
 #include "lanes.hpp"
+
+#if defined(__CUDACC__)
+#pragma nv_diagnostic push
+#pragma nv_diag_suppress 1675  // the host compiler knows "GCC unroll"
+#endif
 
 namespace specattn::inline v0_1::detail {
 
@@ -23,8 +27,13 @@ static_assert(split_positions % tile_positions == 0 && tile_positions % lanes::w
 constexpr int padded_dim(int head_dim) { return (head_dim + lanes::width - 1) / lanes::width * lanes::width; }
 constexpr int whole_groups(int positions) { return (positions + lanes::width - 1) / lanes::width * lanes::width; }
 /// Positions converted to float at a time: about 8 KB, so that they, the queries and the scores share the L1 cache.
+inline constexpr int unpacked_target = 2048;
 constexpr int unpack_positions(int stride) {
-  return std::clamp(2048 / stride / lanes::width * lanes::width, lanes::width, tile_positions);
+  return std::clamp(unpacked_target / stride / lanes::width * lanes::width, lanes::width, tile_positions);
+}
+/// Room for them, which grows with the stride.
+constexpr std::size_t unpacked_floats(int stride) {
+  return static_cast<std::size_t>((std::max)(unpacked_target, lanes::width * stride));
 }
 
 /// What one team member works in. Rows are the block's query rows, by slot and then by head of the group.
@@ -86,7 +95,9 @@ struct dot_products {
   const float* q;
   std::ptrdiff_t any_stride;
   Rows rows;
-  using result = std::array<lanes, Queries>;
+  struct result {
+    lanes of[Queries];
+  };
 
   [[gnu::always_inline]] lanes query(int i, int c) const {
     return lanes::load(q + i * (HeadDim > 0 ? HeadDim : any_stride) + c * lanes::width);
@@ -96,18 +107,18 @@ struct dot_products {
     rows.enter(position);
     if constexpr (chunks > 1) {
       const lanes first = rows.chunk(position, 0);
-      for (int i = 0; i < Queries; ++i) sum[i] = multiply(query(i, 0), first);
+      for (int i = 0; i < Queries; ++i) sum.of[i] = multiply(query(i, 0), first);
 #pragma GCC unroll 16
       for (int c = 1; c < chunks; ++c) {
         const lanes k = rows.chunk(position, c);
-        for (int i = 0; i < Queries; ++i) sum[i] = fmadd(query(i, c), k, sum[i]);
+        for (int i = 0; i < Queries; ++i) sum.of[i] = fmadd(query(i, c), k, sum.of[i]);
       }
     } else {  // from zero: a lone product must not meet the sums of fold() as something to fuse with
-      for (int i = 0; i < Queries; ++i) sum[i] = lanes::zero();
+      for (int i = 0; i < Queries; ++i) sum.of[i] = lanes::zero();
       const int count = HeadDim > 0 ? chunks : static_cast<int>(any_stride) / lanes::width;
       for (int c = 0; c < count; ++c) {
         const lanes k = rows.chunk(position, c);
-        for (int i = 0; i < Queries; ++i) sum[i] = fmadd(query(i, c), k, sum[i]);
+        for (int i = 0; i < Queries; ++i) sum.of[i] = fmadd(query(i, c), k, sum.of[i]);
       }
     }
     return sum;
@@ -120,7 +131,7 @@ struct dot_products {
       const result a = tree<Level - 1, Leaf>();
       const result b = tree<Level - 1, Leaf + (1 << (Level - 1))>();
       result sum;
-      for (int i = 0; i < Queries; ++i) sum[i] = fold<Level>(a[i], b[i]);
+      for (int i = 0; i < Queries; ++i) sum.of[i] = fold<Level>(a.of[i], b.of[i]);
       return sum;
     }
   }
@@ -132,7 +143,7 @@ inline void score_rows(const float* q, std::ptrdiff_t stride, Rows rows, int n, 
   for (int p = 0; p < n; p += lanes::width) {
     const dot_products<HeadDim, Queries, Rows> dots{q, stride, rows.from(p)};
     const auto sums = dots.template tree<fold_levels, 0>();
-    for (int i = 0; i < Queries; ++i) sums[i].store(scores + i * tile_positions + p);
+    for (int i = 0; i < Queries; ++i) sums.of[i].store(scores + i * tile_positions + p);
   }
 }
 
@@ -342,3 +353,7 @@ inline void soften_row(const tile_scratch& s, int row) {
 }
 
 }  // namespace specattn::inline v0_1::detail
+
+#if defined(__CUDACC__)
+#pragma nv_diagnostic pop
+#endif
