@@ -152,15 +152,20 @@ specattn::mixture_fit fit_of(const mixture_problem& problem) {
 
 TEST_CASE("mixture_fit: is within the tolerance of the optimum, and says how far it may be") {
   ctx_cpu ctx(2);
-  for (const auto& [groups, shared, own, samples, length] :
-       {std::array{1, 1, 0, 1, 5}, {2, 2, 0, 2, 40}, {3, 5, 1, 3, 200}, {2, 0, 3, 2, 90}, {2, 12, 1, 4, 510}}) {
+  struct setting {
+    std::int32_t groups, shared, own;
+    int samples;
+    std::ptrdiff_t length;
+  };
+  for (const setting& s : {setting{1, 1, 0, 1, 5}, setting{2, 2, 0, 2, 40}, setting{3, 5, 1, 3, 200},
+                           setting{2, 0, 3, 2, 90}, setting{2, 12, 1, 4, 510}}) {
     for (const float tolerance : {1e-3f, 1e-5f}) {
-      CAPTURE(shared);
+      CAPTURE(s.shared);
       CAPTURE(tolerance);
-      const auto problem = random_mixture(groups, shared, own, samples, length, 9);
+      const auto problem = random_mixture(s.groups, s.shared, s.own, s.samples, s.length, 9);
       const auto got = fit_of(problem).solve(ctx, 5000, tolerance);
-      const auto signals = static_cast<std::size_t>(shared + own);
-      for (std::int32_t g = 0; g < groups; ++g) {
+      const auto signals = static_cast<std::size_t>(s.shared + s.own);
+      for (std::int32_t g = 0; g < s.groups; ++g) {
         const auto group = problem.of_group(g);
         const auto first = got.coefficients.begin() + static_cast<std::ptrdiff_t>(signals) * g;
         const oracle::numbers coefficients(first, first + static_cast<std::ptrdiff_t>(signals));
