@@ -230,7 +230,7 @@ inline double make_weights(const float* logits, std::ptrdiff_t vocab, const samp
   if (options.top_p < 1.0f) {
     const double goal = static_cast<double>(options.top_p) * sum_row(weights, vocab);
     truncate_row(weights, vocab,
-                 find_truncation(weights, vocab, std::numeric_limits<std::int64_t>::max(), goal, scratch));
+                 find_truncation(weights, vocab, (std::numeric_limits<std::int64_t>::max)(), goal, scratch));
   }
   if (options.min_p > 0.0f) truncate_row(weights, vocab, {weight_bits((std::min)(options.min_p, 1.0f))});
   return sum_row(weights, vocab);
