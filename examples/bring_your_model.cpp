@@ -29,9 +29,12 @@ class my_model {
     };
     embedding_ = random(vocab, hidden);
     for (layer_weights& w : layers_) {
-      w = {random(heads * head_dim, hidden),    random(kv_heads * head_dim, hidden),
-           random(kv_heads * head_dim, hidden), random(hidden, heads * head_dim),
-           random(ffn, hidden),                 random(ffn, hidden),
+      w = {random(heads * head_dim, hidden),
+           random(kv_heads * head_dim, hidden),
+           random(kv_heads * head_dim, hidden),
+           random(hidden, heads * head_dim),
+           random(ffn, hidden),
+           random(ffn, hidden),
            random(hidden, ffn)};
     }
     for (auto* rows : {&x_, &normed_, &q_, &out_, &k_, &v_, &gate_, &up_}) rows->resize(max_slots * ffn);
@@ -39,8 +42,13 @@ class my_model {
 
   /// 1. The sizes. max_slots is the most tokens one forward() takes.
   model_shape shape() const {
-    return {.layers = 2, .q_heads = heads, .kv_heads = kv_heads, .head_dim = head_dim, .vocab = vocab,
-            .max_positions = 512, .max_slots = max_slots};
+    return {.layers = 2,
+            .q_heads = heads,
+            .kv_heads = kv_heads,
+            .head_dim = head_dim,
+            .vocab = vocab,
+            .max_positions = 512,
+            .max_slots = max_slots};
   }
 
   /// 2. One pass over the batch's tokens: those of all sequences, one after another. Nothing is kept between calls.

@@ -34,31 +34,44 @@ std::vector<double> plain_attention(const kv_view<float>& kv, const float* q, in
   }
   for (int i = 0; i <= count; ++i) {
     const float* value = kv.value(0, i < count ? kept[i] : kv_len, kv_head);
-    for (int d = 0; d < head_dim; ++d) out[static_cast<std::size_t>(d)] += scores[static_cast<std::size_t>(i)] / sum * double(value[d]);
+    for (int d = 0; d < head_dim; ++d)
+      out[static_cast<std::size_t>(d)] += scores[static_cast<std::size_t>(i)] / sum * double(value[d]);
   }
   return out;
+}
+
+/// Your cache: pages in any order, [page][kv head][position in page][head_dim], found through a block table.
+struct paged_cache {
+  std::vector<float> keys, values;
+  std::vector<std::int32_t> table;
+  kv_view<float> kv;
+};
+
+paged_cache make_cache() {
+  const std::size_t elements = std::size_t{pages} * kv_heads * page_size * head_dim;
+  paged_cache cache{std::vector<float>(elements), std::vector<float>(elements), std::vector<std::int32_t>(pages), {}};
+  for (std::size_t i = 0; i < elements; ++i) {
+    cache.keys[i] = random_number(1, static_cast<std::ptrdiff_t>(i));
+    cache.values[i] = random_number(2, static_cast<std::ptrdiff_t>(i));
+  }
+  for (int i = 0; i < pages; ++i) cache.table[static_cast<std::size_t>(i)] = (i * 37) % pages;
+  cache.kv.keys = cache.keys.data();
+  cache.kv.values = cache.values.data();
+  cache.kv.page_shift = 4;
+  cache.kv.position_stride = head_dim;
+  cache.kv.head_stride = page_size * head_dim;
+  cache.kv.page_stride = kv_heads * cache.kv.head_stride;
+  cache.kv.block_table = view<const std::int32_t, 2>(cache.table.data(), {1, pages});
+  cache.kv.kv_heads = kv_heads;
+  cache.kv.head_dim = head_dim;
+  return cache;
 }
 
 }  // namespace
 
 int main() {
-  // Your cache: pages in any order, [page][kv head][position in page][head_dim], found through a block table.
-  const std::size_t elements = std::size_t{pages} * kv_heads * page_size * head_dim;
-  std::vector<float> keys(elements), values(elements);
-  for (std::size_t i = 0; i < elements; ++i) keys[i] = random_number(1, static_cast<std::ptrdiff_t>(i));
-  for (std::size_t i = 0; i < elements; ++i) values[i] = random_number(2, static_cast<std::ptrdiff_t>(i));
-  std::vector<std::int32_t> table(pages);
-  for (int i = 0; i < pages; ++i) table[static_cast<std::size_t>(i)] = (i * 37) % pages;
-  kv_view<float> kv;
-  kv.keys = keys.data();
-  kv.values = values.data();
-  kv.page_shift = 4;
-  kv.position_stride = head_dim;
-  kv.head_stride = page_size * head_dim;
-  kv.page_stride = kv_heads * kv.head_stride;
-  kv.block_table = view<const std::int32_t, 2>(table.data(), {1, pages});
-  kv.kv_heads = kv_heads;
-  kv.head_dim = head_dim;
+  const paged_cache cache = make_cache();
+  const kv_view<float>& kv = cache.kv;
 
   // Your weights: one row for each kv head here; rows need not be normalised.
   std::vector<float> weights(kv_heads * kv_len);
@@ -67,10 +80,14 @@ int main() {
   }
   context<cpu> ctx;
   const selection_rule rule{.top_p = 0.5f};
-  const attend_shape shape{.sequences = 1, .slots = 1, .q_heads = q_heads, .kv_heads = kv_heads,
-                           .head_dim = head_dim, .kv_len = kv_len + 1};
-  ctx.reserve_workspace(std::max(select_workspace_bytes(ctx, kv_heads, 1, kv_len, rule),
-                                 attend_workspace_bytes(ctx, shape)));
+  const attend_shape shape{.sequences = 1,
+                           .slots = 1,
+                           .q_heads = q_heads,
+                           .kv_heads = kv_heads,
+                           .head_dim = head_dim,
+                           .kv_len = kv_len + 1};
+  ctx.reserve_workspace(
+      std::max(select_workspace_bytes(ctx, kv_heads, 1, kv_len, rule), attend_workspace_bytes(ctx, shape)));
   selection<cpu> kept(kv_heads, kv_len);
   importance<float> from;
   from.weights = view<const float, 3>(weights.data(), {kv_heads, 1, kv_len});

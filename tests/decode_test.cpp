@@ -38,10 +38,10 @@ __attribute__((noinline)) void operator delete(void* p, std::size_t, std::align_
 
 namespace {
 
-constexpr model_shape target_shape{.layers = 3, .q_heads = 4, .kv_heads = 2, .head_dim = 8, .vocab = 61,
-                                   .max_positions = 320, .max_slots = 96};
-constexpr model_shape draft_shape{.layers = 2, .q_heads = 4, .kv_heads = 1, .head_dim = 8, .vocab = 61,
-                                  .max_positions = 320, .max_slots = 96};
+constexpr model_shape target_shape{
+    .layers = 3, .q_heads = 4, .kv_heads = 2, .head_dim = 8, .vocab = 61, .max_positions = 320, .max_slots = 96};
+constexpr model_shape draft_shape{
+    .layers = 2, .q_heads = 4, .kv_heads = 1, .head_dim = 8, .vocab = 61, .max_positions = 320, .max_slots = 96};
 
 struct fixture {
   context<cpu> ctx{2};
@@ -142,7 +142,10 @@ TEST_CASE("decode: a ragged batch gives every sequence the text it has alone") {
       for (int i = 0; i < 5; ++i) {
         draft_guide<> own(flat_alignment({8}, true), toy_rule(top_p));
         auto decoder = make_decoder<float>(f.ctx, f.target, f.draft, own, {.draft_length = 3, .prefill_chunk = 32});
-        const auto row = decoder.add({.prompt = prompts[static_cast<std::size_t>(i)], .max_new_tokens = 20 + 3 * i,});
+        const auto row = decoder.add({
+            .prompt = prompts[static_cast<std::size_t>(i)],
+            .max_new_tokens = 20 + 3 * i,
+        });
         expected[static_cast<std::size_t>(i)] = finish_row(decoder, row);
       }
     }
@@ -150,7 +153,10 @@ TEST_CASE("decode: a ragged batch gives every sequence the text it has alone") {
                                        {.draft_length = 3, .max_sequences = 5, .prefill_chunk = 32});
     std::vector<std::int32_t> rows;
     for (int i = 0; i < 5; ++i) {
-      rows.push_back(decoder.add({.prompt = prompts[static_cast<std::size_t>(i)], .max_new_tokens = 20 + 3 * i,}));
+      rows.push_back(decoder.add({
+          .prompt = prompts[static_cast<std::size_t>(i)],
+          .max_new_tokens = 20 + 3 * i,
+      }));
     }
     finish_row(decoder, rows[0]);
     for (std::size_t i = 0; i < 5; ++i) {
@@ -167,9 +173,9 @@ TEST_CASE("decode: sequences join and leave between rounds without changing the 
   const auto third = prompt_of(31, 23);
   for (const std::int32_t page_size : {0, 8}) {
     draft_guide<> guide(flat_alignment({8}), toy_rule(1.5f));
-    auto decoder = make_decoder<float>(
-        f.ctx, f.target, f.draft, guide,
-        {.draft_length = 4, .max_sequences = 2, .prefill_chunk = 32, .page_size = page_size});
+    auto decoder =
+        make_decoder<float>(f.ctx, f.target, f.draft, guide,
+                            {.draft_length = 4, .max_sequences = 2, .prefill_chunk = 32, .page_size = page_size});
     const auto go = [](std::int32_t, std::span<const std::int32_t>) { return true; };
     const auto a = decoder.add({.prompt = first, .max_new_tokens = 50});
     decoder.step(go);
@@ -197,7 +203,8 @@ TEST_CASE("decode: nothing behind a stop token is emitted or counted, and the st
       no_guide dense;
       auto decoder = make_decoder<float>(f.ctx, f.target, f.draft, dense, {.draft_length = gamma});
       std::vector<std::int32_t> seen = prompt;
-      const auto row = decoder.add({.prompt = prompt, .max_new_tokens = 40, .stop_tokens = {&stop, 1}, .sampler = {}});
+      const auto row =
+          decoder.add({.prompt = prompt, .max_new_tokens = 40, .stop_tokens = {&stop, 1}, .sampler = {}});
       while (decoder.step([&](std::int32_t, std::span<const std::int32_t> tokens) {
         seen.insert(seen.end(), tokens.begin(), tokens.end());
         return true;
@@ -270,8 +277,8 @@ TEST_CASE("decode: a refresh rewrites approximate keys and values with the dense
   const auto prompt = prompt_of(60, 5);
   const auto count_differences = [&](std::int32_t refresh_every) {
     draft_guide<> guide(flat_alignment(), toy_rule(0.3f));
-    auto sparse = make_decoder<float>(f.ctx, f.target, f.draft, guide,
-                                      {.draft_length = 3, .refresh_every = refresh_every});
+    auto sparse =
+        make_decoder<float>(f.ctx, f.target, f.draft, guide, {.draft_length = 3, .refresh_every = refresh_every});
     const auto row = sparse.add({.prompt = prompt, .max_new_tokens = 50});
     finish_row(sparse, row);
     CHECK((sparse.counts(row).refreshed > 0) == (refresh_every > 0));
@@ -391,7 +398,8 @@ TEST_CASE("decode: a round allocates nothing") {
   options.record_steps = 1;
   auto decoder = make_decoder<fp16>(f.ctx, f.target, f.draft, guide, options);
   const auto go = [](std::int32_t, std::span<const std::int32_t>) { return true; };
-  decoder.add({.prompt = prompt, .max_new_tokens = 100,
+  decoder.add({.prompt = prompt,
+               .max_new_tokens = 100,
                .sampler = {.temperature = 0.8f, .top_k = 20, .top_p = 0.9f, .seed = 1}});
   decoder.add({.prompt = prompt, .max_new_tokens = 100});
   const std::int64_t before = allocations.load();
@@ -412,17 +420,17 @@ TEST_CASE("decode: models and options that do not fit are refused with the value
                        contract_error);
   CHECK_THROWS_WITH_AS(make(f.draft, {.max_positions = 321}),
                        "decode: max_positions 321 is outside 1 … 320, the target's context", contract_error);
-  toy::model stranger(1, {.layers = 1, .q_heads = 1, .kv_heads = 1, .head_dim = 8, .vocab = 60, .max_positions = 320,
-                          .max_slots = 256});
-  CHECK_THROWS_WITH_AS(make(stranger, {}), "decode: the draft's vocab is 60, the target's 61",
-                       contract_error);
+  toy::model stranger(
+      1,
+      {.layers = 1, .q_heads = 1, .kv_heads = 1, .head_dim = 8, .vocab = 60, .max_positions = 320, .max_slots = 256});
+  CHECK_THROWS_WITH_AS(make(stranger, {}), "decode: the draft's vocab is 60, the target's 61", contract_error);
   auto decoder = make_decoder<float>(f.ctx, f.target, f.draft, dense, {});
   const std::vector<std::int32_t> none_at_all;
   CHECK_THROWS_WITH_AS(decoder.add({.prompt = none_at_all}), "decode: the prompt is empty; give at least one token",
                        contract_error);
   const std::vector<std::int32_t> wild{1, 2, 61};
-  CHECK_THROWS_WITH_AS(decoder.add({.prompt = wild}),
-                       "decode: the prompt has token 61 at 2, outside a vocab of 61", contract_error);
+  CHECK_THROWS_WITH_AS(decoder.add({.prompt = wild}), "decode: the prompt has token 61 at 2, outside a vocab of 61",
+                       contract_error);
   const auto too_long = prompt_of(321, 1);
   CHECK_THROWS_WITH_AS(decoder.add({.prompt = too_long}), "decode: the prompt has 321 tokens, the context holds 320",
                        contract_error);

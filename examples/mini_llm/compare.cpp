@@ -8,14 +8,13 @@
 namespace mini_llm {
 namespace {
 
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 constexpr std::int32_t longest_draft = 8;
 constexpr int repeats = 3;
 
-run_result decode_once(engine& decoder, std::int32_t row, specattn::decode_request request, std::int32_t draft_length) {
+run_result decode_once(engine& decoder, std::int32_t row, specattn::decode_request request,
+                       std::int32_t draft_length) {
   request.draft_length = draft_length;
   decoder.rewind(row, request);
   run_result result;

@@ -46,8 +46,12 @@ class chosen_guide {
  public:
   explicit chosen_guide(const guide_choice& choice) {
     switch (choice.kind) {
-      case guide_kind::none: guide_.emplace<specattn::no_guide>(); break;
-      case guide_kind::draft: guide_.emplace<specattn::draft_guide<>>(choice.alignment, choice.rule); break;
+      case guide_kind::none:
+        guide_.emplace<specattn::no_guide>();
+        break;
+      case guide_kind::draft:
+        guide_.emplace<specattn::draft_guide<>>(choice.alignment, choice.rule);
+        break;
       case guide_kind::paper: {
         specattn::selection_rule rule = choice.rule;
         rule.rows = specattn::combine::unite;
@@ -60,8 +64,12 @@ class chosen_guide {
         window.recent = choice.window;
         break;
       }
-      case guide_kind::quest: guide_.emplace<specattn::page_guide<cpu>>(choice.kept_share); break;
-      case guide_kind::oracle: guide_.emplace<specattn::oracle_guide<>>(choice.rule); break;
+      case guide_kind::quest:
+        guide_.emplace<specattn::page_guide<cpu>>(choice.kept_share);
+        break;
+      case guide_kind::oracle:
+        guide_.emplace<specattn::oracle_guide<>>(choice.rule);
+        break;
     }
   }
 
@@ -141,9 +149,12 @@ std::unique_ptr<engine> make_engine(context<cpu>& ctx, llama& target, llama* dra
     return std::make_unique<engine_of<T, specattn::no_draft>>(ctx, target, none, guide, options);
   };
   switch (type) {
-    case kv_type::f16: return make(specattn::fp16{});
-    case kv_type::bf16: return make(specattn::bf16{});
-    case kv_type::f32: break;
+    case kv_type::f16:
+      return make(specattn::fp16{});
+    case kv_type::bf16:
+      return make(specattn::bf16{});
+    case kv_type::f32:
+      break;
   }
   return make(float{});
 }
@@ -153,9 +164,12 @@ specattn::decode_memory engine_bytes(const llama& target, const llama* draft, kv
   const specattn::model_shape draft_shape = draft != nullptr ? draft->shape() : specattn::model_shape{};
   const specattn::guide_needs needs = chosen_guide(guide).needs();
   switch (type) {
-    case kv_type::f16: return specattn::decoder_bytes<specattn::fp16>(target.shape(), draft_shape, options, needs);
-    case kv_type::bf16: return specattn::decoder_bytes<specattn::bf16>(target.shape(), draft_shape, options, needs);
-    case kv_type::f32: break;
+    case kv_type::f16:
+      return specattn::decoder_bytes<specattn::fp16>(target.shape(), draft_shape, options, needs);
+    case kv_type::bf16:
+      return specattn::decoder_bytes<specattn::bf16>(target.shape(), draft_shape, options, needs);
+    case kv_type::f32:
+      break;
   }
   return specattn::decoder_bytes<float>(target.shape(), draft_shape, options, needs);
 }

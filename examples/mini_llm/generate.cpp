@@ -34,9 +34,7 @@ struct generate_options {
 
 std::atomic<bool> interrupted{false};
 
-double now() {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
 std::string prompt_text(const generate_options& options) {
   if (!options.file.empty()) return read_text(options.file);
@@ -51,9 +49,8 @@ engine::on_progress show_progress() {
     const double elapsed = now() - start;
     if (elapsed < 1.0 && done < total) return;
     if (elapsed < 1.0) return;
-    std::cerr << "\rprefill: " << done << " of " << total << " tokens, "
-              << static_cast<std::int64_t>(done / elapsed) << " tokens per second" << (done == total ? "\n" : "")
-              << std::flush;
+    std::cerr << "\rprefill: " << done << " of " << total << " tokens, " << static_cast<std::int64_t>(done / elapsed)
+              << " tokens per second" << (done == total ? "\n" : "") << std::flush;
   };
 }
 
@@ -63,8 +60,9 @@ void print_setting(const session& made, const generate_options& options, std::si
   std::size_t weights = made.target->model.weight_bytes();
   if (made.draft) weights += made.draft->model.weight_bytes();
   std::cerr << "target " << made.target->directory.string();
-  if (made.draft) std::cerr << ", draft " << made.draft->directory.string() << ", " << made.decode.draft_length
-                            << " tokens a round";
+  if (made.draft)
+    std::cerr << ", draft " << made.draft->directory.string() << ", " << made.decode.draft_length
+              << " tokens a round";
   std::cerr << "\nverification: ";
   if (made.guide.kind == guide_kind::none) {
     std::cerr << "dense (exact)";
@@ -75,9 +73,8 @@ void print_setting(const session& made, const generate_options& options, std::si
   std::cerr << "\nprompt " << prompt_tokens << " tokens, seed " << options.sampler.seed << ", temperature "
             << options.sampler.temperature << ", " << made.ctx->threads() << " threads, KV " << name_of(made.kv)
             << "\nmemory: weights " << megabytes(weights) << ", caches "
-            << megabytes(memory.target_cache + memory.draft_cache) << ", recordings "
-            << megabytes(memory.recordings) << ", selections and logits "
-            << megabytes(memory.selections + memory.logits) << "\n\n";
+            << megabytes(memory.target_cache + memory.draft_cache) << ", recordings " << megabytes(memory.recordings)
+            << ", selections and logits " << megabytes(memory.selections + memory.logits) << "\n\n";
 }
 
 run_result write_text_after(const session& made, const generate_options& options, engine& decoder,
@@ -119,7 +116,8 @@ void generate(generate_options options) {
   session made = open_session(options.session);
   const std::vector<std::int32_t> prompt = made.target->words.encode(prompt_text(options), true);
   if (prompt.empty()) throw input_error("the prompt is empty; give at least one token");
-  const std::int64_t limit = made.decode.max_positions > 0 ? made.decode.max_positions : made.target->config.max_context;
+  const std::int64_t limit =
+      made.decode.max_positions > 0 ? made.decode.max_positions : made.target->config.max_context;
   if (static_cast<std::int64_t>(prompt.size()) > limit) {
     throw input_error("the prompt has " + std::to_string(prompt.size()) + " tokens, the context holds " +
                       std::to_string(limit));
@@ -129,8 +127,11 @@ void generate(generate_options options) {
   std::signal(SIGINT, [](int) { interrupted.store(true); });
   std::vector<std::int32_t> stops;
   if (!options.ignore_eos) stops = made.target->config.eos_ids;
-  const specattn::decode_request request{.prompt = prompt, .max_new_tokens = options.predict, .draft_length = -1,
-                                         .stop_tokens = stops, .sampler = options.sampler};
+  const specattn::decode_request request{.prompt = prompt,
+                                         .max_new_tokens = options.predict,
+                                         .draft_length = -1,
+                                         .stop_tokens = stops,
+                                         .sampler = options.sampler};
   std::string text;
   const run_result result = write_text_after(made, options, *decoder, request, &text);
   std::cerr << '\n';
@@ -160,12 +161,19 @@ void add_generate_command(CLI::App& app) {
   auto* prompt = command->add_option("-p,--prompt", options->prompt, "prompt; default: the embedded one");
   command->add_option("-f,--file", options->file, "read the prompt from a file, '-' for stdin")->excludes(prompt);
   command->add_option("-n,--n-predict,--max-tokens", options->predict, "tokens to write")
-      ->check(CLI::Range(0, 1 << 24))->capture_default_str();
+      ->check(CLI::Range(0, 1 << 24))
+      ->capture_default_str();
   command->add_option("-s,--seed", options->seed, "seed; below 0: random (it is printed)")->capture_default_str();
   command->add_option("--temp,--temperature", options->sampler.temperature, "0: greedy")->capture_default_str();
-  command->add_option("--top-k", options->sampler.top_k, "0: off")->check(CLI::NonNegativeNumber)->capture_default_str();
-  command->add_option("--top-p", options->sampler.top_p, "1: off")->check(CLI::Range(0.0, 1.0))->capture_default_str();
-  command->add_option("--min-p", options->sampler.min_p, "0: off")->check(CLI::Range(0.0, 1.0))->capture_default_str();
+  command->add_option("--top-k", options->sampler.top_k, "0: off")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command->add_option("--top-p", options->sampler.top_p, "1: off")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  command->add_option("--min-p", options->sampler.min_p, "0: off")
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
   command->add_flag("--ignore-eos", options->ignore_eos, "go on after the end-of-text token");
   command->add_flag("--display-prompt", options->show_prompt, "write the prompt before the text");
   command->add_flag("--compare", options->compare,

@@ -45,11 +45,16 @@ double run_result::guide_share() const { return ratio(trace.guide_seconds, trace
 
 std::string_view name_of(specattn::finish_reason reason) {
   switch (reason) {
-    case specattn::finish_reason::running: return "running";
-    case specattn::finish_reason::stop_token: return "stop token";
-    case specattn::finish_reason::length: return "length";
-    case specattn::finish_reason::context_full: return "context full";
-    case specattn::finish_reason::cancelled: break;
+    case specattn::finish_reason::running:
+      return "running";
+    case specattn::finish_reason::stop_token:
+      return "stop token";
+    case specattn::finish_reason::length:
+      return "length";
+    case specattn::finish_reason::context_full:
+      return "context full";
+    case specattn::finish_reason::cancelled:
+      break;
   }
   return "cancelled";
 }
@@ -64,8 +69,10 @@ void print_report(std::ostream& out, const run_result& result) {
         << c.rounds << " rounds\n";
     out << "accepted at       =";
     for (std::int32_t i = 0; i < result.draft_length; ++i) {
-      out << ' ' << fixed(ratio(static_cast<double>(c.accepted_at[static_cast<std::size_t>(i)]),
-                                static_cast<double>(c.rounds)), 3);
+      out << ' '
+          << fixed(ratio(static_cast<double>(c.accepted_at[static_cast<std::size_t>(i)]),
+                         static_cast<double>(c.rounds)),
+                   3);
     }
     out << '\n';
   }
@@ -107,15 +114,25 @@ nlohmann::json to_json(const run_result& result) {
   return {{"timings", timings},
           {"draft_length", result.draft_length},
           {"counts",
-           {{"rounds", c.rounds}, {"dense_rounds", c.dense_rounds}, {"refreshed", c.refreshed},
-            {"proposed", c.proposed}, {"accepted", c.accepted}, {"corrected", c.corrected}, {"bonus", c.bonus},
-            {"emitted", c.emitted}, {"discarded", c.discarded}, {"kv_rows_read", c.kv_rows_read},
-            {"kv_rows_dense", c.kv_rows_dense}, {"draft_rows_read", c.draft_rows_read},
+           {{"rounds", c.rounds},
+            {"dense_rounds", c.dense_rounds},
+            {"refreshed", c.refreshed},
+            {"proposed", c.proposed},
+            {"accepted", c.accepted},
+            {"corrected", c.corrected},
+            {"bonus", c.bonus},
+            {"emitted", c.emitted},
+            {"discarded", c.discarded},
+            {"kv_rows_read", c.kv_rows_read},
+            {"kv_rows_dense", c.kv_rows_dense},
+            {"draft_rows_read", c.draft_rows_read},
             {"draft_rows_dense", c.draft_rows_dense}}},
           {"kv_rows_saved", result.rows_saved()},
           {"round_seconds",
-           {{"draft", result.trace.draft_seconds}, {"guide", result.trace.guide_seconds},
-            {"verify", result.trace.verify_seconds}, {"accept", result.trace.accept_seconds}}},
+           {{"draft", result.trace.draft_seconds},
+            {"guide", result.trace.guide_seconds},
+            {"verify", result.trace.verify_seconds},
+            {"accept", result.trace.accept_seconds}}},
           {"finish", name_of(result.finish)}};
 }
 

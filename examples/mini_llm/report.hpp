@@ -22,10 +22,10 @@ struct run_result {
   specattn::finish_reason finish = specattn::finish_reason::running;
 
   double tokens_per_second() const;
-  double acceptance() const;        ///< accepted / proposed; 0 where nothing was proposed
-  double tokens_a_round() const;    ///< emitted / rounds; 0 where there was none
-  double rows_saved() const;        ///< share of KV rows not read; 0 where none were due
-  double guide_share() const;       ///< of the rounds' time
+  double acceptance() const;      ///< accepted / proposed; 0 where nothing was proposed
+  double tokens_a_round() const;  ///< emitted / rounds; 0 where there was none
+  double rows_saved() const;      ///< share of KV rows not read; 0 where none were due
+  double guide_share() const;     ///< of the rounds' time
 };
 
 std::string_view name_of(specattn::finish_reason reason);

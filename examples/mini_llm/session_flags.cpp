@@ -10,32 +10,46 @@ void add_session_flags(CLI::App& command, session_options& o) {
   command.add_option("--kv,--cache-type", o.kv, "f16, bf16 or f32")->capture_default_str();
   command.add_option("-t,--threads", o.threads, "0: all")->check(CLI::Range(0, 1024))->capture_default_str();
   command.add_option("-c,--ctx-size", o.decode.max_positions, "positions; 0: the model's")
-      ->check(CLI::NonNegativeNumber)->capture_default_str();
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   command.add_option("--draft,--draft-max", o.decode.draft_length, "tokens drafted a round; 0: plain decoding")
-      ->check(CLI::Range(0, specattn::max_draft_length))->capture_default_str();
+      ->check(CLI::Range(0, specattn::max_draft_length))
+      ->capture_default_str();
   command.add_option("--keep", o.rule.top_p, "share of the importance that a selection keeps")
-      ->check(CLI::Range(0.0, 1.0))->capture_default_str();
-  command.add_option("--keep-max", o.rule.max_tokens, "most positions a selection keeps")->check(CLI::NonNegativeNumber);
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
+  command.add_option("--keep-max", o.rule.max_tokens, "most positions a selection keeps")
+      ->check(CLI::NonNegativeNumber);
   command.add_option("--sinks", o.rule.sinks, "first positions, always kept")
-      ->check(CLI::NonNegativeNumber)->capture_default_str();
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   command.add_option("--recent", o.rule.recent, "newest positions, always kept")
-      ->check(CLI::NonNegativeNumber)->capture_default_str();
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   command.add_option("--window", o.window, "newest positions of --guide window")
-      ->check(CLI::NonNegativeNumber)->capture_default_str();
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   command.add_option("--pages", o.kept_share, "share of the pages that --guide quest keeps")
-      ->check(CLI::Range(0.0, 1.0))->capture_default_str();
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
   command.add_option("--min-context", o.decode.min_context, "below this many cached positions a round is dense")
-      ->check(CLI::NonNegativeNumber)->capture_default_str();
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   command.add_option("--dense-layers", o.decode.dense_layers, "first layers that stay dense")
-      ->check(CLI::NonNegativeNumber)->capture_default_str();
-  command.add_option("--refresh", o.decode.refresh_every, "every n rounds rewrite approximate keys and values; 0: never")
-      ->check(CLI::NonNegativeNumber)->capture_default_str();
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command
+      .add_option("--refresh", o.decode.refresh_every, "every n rounds rewrite approximate keys and values; 0: never")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   command.add_option("--record-steps", o.decode.record_steps, "draft steps that guide a round; 0: all")
-      ->check(CLI::NonNegativeNumber)->capture_default_str();
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   command.add_flag("--sparse-draft,!--dense-draft", o.decode.sparse_draft,
                    "draft steps after the recorded ones read the draft's own selection");
   command.add_option("--draft-keep", o.decode.draft_rule.top_p, "share that the draft's own selection keeps")
-      ->check(CLI::Range(0.0, 1.0))->capture_default_str();
+      ->check(CLI::Range(0.0, 1.0))
+      ->capture_default_str();
 }
 
 }  // namespace mini_llm

@@ -113,7 +113,7 @@ std::size_t attend_workspace_bytes(const context<B>& ctx, const attend_shape& sh
 template <storage T, backend B>
 void attend(context<B>& ctx, const attend_args<T, B>& args) {
   detail::check_attend(args);
-  detail::attend_impl<B>::run(ctx, args);
+  detail::attend_impl<B>::run(ctx, args);  // incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
 }
 
 }  // namespace specattn::inline v0_1

@@ -44,13 +44,14 @@ class attention_pass {
   }
   void before_each_layer(layer_hook<B> hook) { hook_ = hook; }
 
-  void operator()(std::int32_t layer, view<const float, 3, B> q, view<const float, 3, B> k,
-                  view<const float, 3, B> v, view<float, 3, B> out) {
+  void operator()(std::int32_t layer, view<const float, 3, B> q, view<const float, 3, B> k, view<const float, 3, B> v,
+                  view<float, 3, B> out) {
     const std::int32_t sequences = layout_.sequences();
     for (std::int32_t s = 0; s < sequences; ++s) {
       const std::int32_t first = layout_.slot_offsets[s];
       const std::int32_t count = layout_.slot_offsets[s + 1] - first;
-      if (count > 0) cache_->append(*ctx_, layer, layout_.cache_rows[s], k.slice(first, count), v.slice(first, count));
+      if (count > 0)
+        cache_->append(*ctx_, layer, layout_.cache_rows[s], k.slice(first, count), v.slice(first, count));
     }
     if (hook_.call != nullptr) hook_.call(hook_.object, layer, q);
 

@@ -1,7 +1,6 @@
 // Owning storage for a view.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -31,7 +30,7 @@ class buffer<T, cpu> {
     if (size == 0) return;
     detail::expects(size <= static_cast<std::size_t>(PTRDIFF_MAX) / sizeof(T), "buffer: ", size, " elements of ",
                     sizeof(T), " bytes do not fit the address space");
-    data_ = static_cast<T*>(::operator new(bytes(), std::align_val_t{alignment}));
+    data_ = static_cast<T*>(::operator new (bytes(), std::align_val_t{alignment}));
     std::memset(static_cast<void*>(data_), 0, bytes());
   }
   buffer(buffer&& other) noexcept
@@ -44,7 +43,7 @@ class buffer<T, cpu> {
   buffer(const buffer&) = delete;
   buffer& operator=(const buffer&) = delete;
   ~buffer() {
-    if (data_ != nullptr) ::operator delete(data_, std::align_val_t{alignment});
+    if (data_ != nullptr) ::operator delete (data_, std::align_val_t{alignment});
   }
 
   T* data() const { return data_; }
@@ -55,9 +54,9 @@ class buffer<T, cpu> {
   /// The first product(extents) elements, shaped. Throws contract_error when the buffer holds fewer.
   template <std::size_t Rank>
   view<T, static_cast<int>(Rank), cpu> shaped(const std::ptrdiff_t (&extents)[Rank]) const {
-    std::array<std::ptrdiff_t, Rank> shape{};
+    dimensions<static_cast<int>(Rank)> shape{};
     std::size_t need = 1;
-    for (std::size_t d = 0; d < Rank; ++d) {
+    for (int d = 0; d < static_cast<int>(Rank); ++d) {
       shape[d] = extents[d];
       need *= static_cast<std::size_t>(extents[d]);
     }

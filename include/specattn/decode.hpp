@@ -176,8 +176,8 @@ class decoder {
     for (const detail::sequence_state& other : sequences_) {
       detail::expects(!other.active, "score: the decoder must have no running sequence");
     }
-    const std::int32_t row = add({.prompt = tokens.first(static_cast<std::size_t>(prefill)),
-                                  .max_new_tokens = length - prefill});
+    const std::int32_t row =
+        add({.prompt = tokens.first(static_cast<std::size_t>(prefill)), .max_new_tokens = length - prefill});
     batch_.forced = tokens;
     loss_ = loss;
     while (step([](std::int32_t, std::span<const std::int32_t>) { return true; })) {
@@ -207,7 +207,8 @@ class decoder {
   }
 
   const detail::sequence_state& at(std::int32_t row) const {
-    detail::expects(row >= 0 && row < sizes_.sequences, "decode: row ", row, " is outside 0 … ", sizes_.sequences - 1);
+    detail::expects(row >= 0 && row < sizes_.sequences, "decode: row ", row, " is outside 0 … ",
+                    sizes_.sequences - 1);
     return sequences_[static_cast<std::size_t>(row)];
   }
   detail::sequence_state& at(std::int32_t row) {
@@ -310,8 +311,8 @@ class decoder {
       if (refresh) cache_.roll_back(row, seq.exact_length);
       const std::int32_t kv_len = cache_.length(row);
       replayed_.data()[s] = length - 1 - kv_len;
-      dense_.data()[s] = refresh || kv_len < options_.min_context ||
-                         (drafts && needs_.draft_weights && batch_.draft_length(s) == 0);
+      dense_.data()[s] =
+          refresh || kv_len < options_.min_context || (drafts && needs_.draft_weights && batch_.draft_length(s) == 0);
       pass_.begin_sequence(kv_len);
       for (std::int32_t i = kv_len; i < length; ++i) {
         pass_.add_slot(seq.text[static_cast<std::size_t>(i)], i, i == length - 1);
@@ -342,8 +343,8 @@ class decoder {
       state.draft_row_lengths = drafter_->row_lengths(batch_.size);
     }
     if (!weights_.empty()) {
-      state.target_weights = view<const float, 4, B>(
-          weights_.data(), {shape_.layers, pass_.slots, shape_.q_heads, sizes_.positions});
+      state.target_weights =
+          view<const float, 4, B>(weights_.data(), {shape_.layers, pass_.slots, shape_.q_heads, sizes_.positions});
     }
     return state;
   }
@@ -474,7 +475,8 @@ class decoder {
     return seq.finish == finish_reason::running;
   }
 
-  void count_decision(detail::sequence_state& seq, std::int32_t drafted, std::int32_t accepted, std::int32_t emitted) {
+  void count_decision(detail::sequence_state& seq, std::int32_t drafted, std::int32_t accepted,
+                      std::int32_t emitted) {
     decode_counts round;
     round.rounds = 1;
     round.proposed = drafted;

@@ -17,17 +17,17 @@ inline constexpr std::int32_t max_draft_length = 15;
 
 /// How rounds run. Verification over a selection is approximate; with no_guide, or top_p >= 1, it is exact.
 struct decode_options {
-  std::int32_t draft_length = 4;      ///< γ: tokens drafted a round, 0 … max_draft_length; 0 decodes plainly
-  std::int32_t max_sequences = 1;     ///< sequences that can run at once
-  std::int32_t max_positions = 0;     ///< positions a sequence can reach; 0: the target's limit
-  std::int32_t min_context = 0;       ///< below this many cached positions a round is dense
-  std::int32_t dense_layers = 0;      ///< the first target layers that always stay dense
-  std::int32_t refresh_every = 0;     ///< every n rounds, rewrite the keys and values since the last exact one; 0: never
-  std::int32_t record_steps = 0;      ///< draft steps whose weights guide the round; 0: all of them
-  bool sparse_draft = false;          ///< draft steps after the recorded ones attend over the draft's own selection
+  std::int32_t draft_length = 4;   ///< γ: tokens drafted a round, 0 … max_draft_length; 0 decodes plainly
+  std::int32_t max_sequences = 1;  ///< sequences that can run at once
+  std::int32_t max_positions = 0;  ///< positions a sequence can reach; 0: the target's limit
+  std::int32_t min_context = 0;    ///< below this many cached positions a round is dense
+  std::int32_t dense_layers = 0;   ///< the first target layers that always stay dense
+  std::int32_t refresh_every = 0;  ///< every n rounds, rewrite the keys and values since the last exact one; 0: never
+  std::int32_t record_steps = 0;   ///< draft steps whose weights guide the round; 0: all of them
+  bool sparse_draft = false;       ///< draft steps after the recorded ones attend over the draft's own selection
   selection_rule draft_rule = {.top_p = 0.95f, .rows = combine::mean};  ///< of the sparse draft
-  std::int32_t prefill_chunk = 256;   ///< slots of a prefill pass; cut to the models' max_slots
-  std::int32_t page_size = 0;         ///< of both caches; 0: contiguous
+  std::int32_t prefill_chunk = 256;  ///< slots of a prefill pass; cut to the models' max_slots
+  std::int32_t page_size = 0;        ///< of both caches; 0: contiguous
 };
 
 /// One text to continue.
@@ -43,17 +43,17 @@ enum class finish_reason { running, stop_token, length, context_full, cancelled 
 
 /// Counts, never rates: divide where the denominator is known not to be zero.
 struct decode_counts {
-  std::int64_t rounds = 0;          ///< rounds a sequence took part in = its verify passes
-  std::int64_t dense_rounds = 0;    ///< of them, rounds that read everything (min_context, refresh, no draft)
-  std::int64_t refreshed = 0;       ///< of them, rounds that rewrote approximate keys and values
-  std::int64_t proposed = 0;        ///< drafted tokens that were verified
+  std::int64_t rounds = 0;        ///< rounds a sequence took part in = its verify passes
+  std::int64_t dense_rounds = 0;  ///< of them, rounds that read everything (min_context, refresh, no draft)
+  std::int64_t refreshed = 0;     ///< of them, rounds that rewrote approximate keys and values
+  std::int64_t proposed = 0;      ///< drafted tokens that were verified
   std::int64_t accepted = 0;
-  std::int64_t corrected = 0;       ///< rounds that ended in a correction
-  std::int64_t bonus = 0;           ///< rounds whose drafts were all accepted
+  std::int64_t corrected = 0;  ///< rounds that ended in a correction
+  std::int64_t bonus = 0;      ///< rounds whose drafts were all accepted
   std::int64_t emitted = 0;
-  std::int64_t discarded = 0;       ///< decided tokens behind a stop or the limit
-  std::int64_t kv_rows_read = 0;    ///< rows (one position's K and V of one layer and kv head) the verify passes read
-  std::int64_t kv_rows_dense = 0;   ///< rows that dense passes would have read
+  std::int64_t discarded = 0;      ///< decided tokens behind a stop or the limit
+  std::int64_t kv_rows_read = 0;   ///< rows (one position's K and V of one layer and kv head) the verify passes read
+  std::int64_t kv_rows_dense = 0;  ///< rows that dense passes would have read
   std::int64_t draft_rows_read = 0;
   std::int64_t draft_rows_dense = 0;
   std::array<std::int64_t, max_draft_length> accepted_at{};  ///< rounds that accepted the i-th drafted token

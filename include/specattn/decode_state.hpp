@@ -25,7 +25,7 @@ struct sequence_state {
   std::int32_t prompt_length = 0;
   std::int32_t max_new_tokens = 0;
   std::int32_t draft_length = 0;
-  std::int32_t exact_length = 0;          ///< leading target rows that dense passes over dense rows computed
+  std::int32_t exact_length = 0;  ///< leading target rows that dense passes over dense rows computed
   std::int32_t rounds_since_refresh = 0;
   sampler_options sampler;
   finish_reason finish = finish_reason::running;
@@ -75,19 +75,27 @@ struct decode_sizes {
     judged = sequences * (options.draft_length + 1);
     const std::int32_t replay = options.refresh_every * (options.draft_length + 1);
     verify_slots = judged + sequences * replay;
-    steps = options.draft_length == 0 ? 0
+    steps = options.draft_length == 0   ? 0
             : options.record_steps == 0 ? options.draft_length
                                         : (std::min)(options.record_steps, options.draft_length);
-    target_cache = {.sequences = sequences, .layers = target.layers, .kv_heads = target.kv_heads,
-                    .head_dim = target.head_dim, .max_positions = positions, .page_size = options.page_size};
-    draft_cache = {.sequences = sequences, .layers = draft.layers, .kv_heads = draft.kv_heads,
-                   .head_dim = draft.head_dim, .max_positions = positions, .page_size = options.page_size};
+    target_cache = {.sequences = sequences,
+                    .layers = target.layers,
+                    .kv_heads = target.kv_heads,
+                    .head_dim = target.head_dim,
+                    .max_positions = positions,
+                    .page_size = options.page_size};
+    draft_cache = {.sequences = sequences,
+                   .layers = draft.layers,
+                   .kv_heads = draft.kv_heads,
+                   .head_dim = draft.head_dim,
+                   .max_positions = positions,
+                   .page_size = options.page_size};
     target_groups = std::ptrdiff_t{target.layers} * sequences * target.kv_heads;
     draft_groups = std::ptrdiff_t{draft.layers} * sequences * draft.kv_heads;
     draft_weights = std::size_t(steps) * std::size_t(draft.layers) * std::size_t(sequences) *
                     std::size_t(draft.q_heads) * std::size_t(positions);
-    target_weights = std::size_t(target.layers) * std::size_t(verify_slots) * std::size_t(target.q_heads) *
-                     std::size_t(positions);
+    target_weights =
+        std::size_t(target.layers) * std::size_t(verify_slots) * std::size_t(target.q_heads) * std::size_t(positions);
   }
 
   std::int32_t sequences = 0;
@@ -112,8 +120,8 @@ inline void check_decode(const model_shape& target, const model_shape& draft, co
   expects(o.record_steps >= 0 && o.refresh_every >= 0 && o.min_context >= 0 && o.dense_layers >= 0,
           "decode: record_steps ", o.record_steps, ", refresh_every ", o.refresh_every, ", min_context ",
           o.min_context, " and dense_layers ", o.dense_layers, " must not be negative");
-  expects(sizes.positions >= 1 && sizes.positions <= target.max_positions, "decode: max_positions ",
-          sizes.positions, " is outside 1 … ", target.max_positions, ", the target's context");
+  expects(sizes.positions >= 1 && sizes.positions <= target.max_positions, "decode: max_positions ", sizes.positions,
+          " is outside 1 … ", target.max_positions, ", the target's context");
   expects(sizes.verify_slots <= target.max_slots, "decode: a verify pass may take ", sizes.verify_slots,
           " slots (max_sequences × (draft_length + 1) × (refresh_every + 1)), the target takes ", target.max_slots);
   expects(o.prefill_chunk >= 1, "decode: prefill_chunk ", o.prefill_chunk, " must be at least 1");
@@ -121,8 +129,9 @@ inline void check_decode(const model_shape& target, const model_shape& draft, co
   expects(draft.vocab == target.vocab, "decode: the draft's vocab is ", draft.vocab, ", the target's ", target.vocab);
   expects(draft.max_positions >= sizes.positions, "decode: the draft's context is ", draft.max_positions,
           " positions, ", sizes.positions, " are asked for");
-  expects(2 * o.max_sequences <= draft.max_slots, "decode: a draft step needs two slots a sequence: ",
-          2 * o.max_sequences, ", the draft takes ", draft.max_slots);
+  expects(2 * o.max_sequences <= draft.max_slots,
+          "decode: a draft step needs two slots a sequence: ", 2 * o.max_sequences, ", the draft takes ",
+          draft.max_slots);
 }
 
 /// Who takes part in a round, in batch order, and what was drafted for them.

@@ -66,9 +66,9 @@ class draft_guide : public idle_guide {
   guide_needs needs() const { return {true, mixture_.signals.history}; }
 
   std::size_t workspace_bytes(const context<B>& ctx) const {
-    return (std::max)(importance_workspace_bytes(ctx, mixture_, steps_),
-                      select_workspace_bytes(ctx, std::ptrdiff_t{max_sequences_} * groups_, max_rows_, max_positions_,
-                                             rule_));
+    return (std::max)(
+        importance_workspace_bytes(ctx, mixture_, steps_),
+        select_workspace_bytes(ctx, std::ptrdiff_t{max_sequences_} * groups_, max_rows_, max_positions_, rule_));
   }
 
   template <storage T>
@@ -152,7 +152,8 @@ class draft_guide : public idle_guide {
   }
 
   template <storage T>
-  static view<const float, 4, B> sequence_weights(const round_state<T, B>& round, std::int32_t s, std::int32_t steps) {
+  static view<const float, 4, B> sequence_weights(const round_state<T, B>& round, std::int32_t s,
+                                                  std::int32_t steps) {
     const auto& all = round.draft_weights;
     return {all.data() + s * all.stride(2),
             {steps, all.extent(1), all.extent(3), all.extent(4)},

@@ -23,8 +23,14 @@ template <storage T, class Draft, backend B>
 class drafter {
  public:
   drafter(context<B>& ctx, Draft& draft, const decode_options& options, const decode_sizes& sizes, bool record)
-      : ctx_(&ctx), draft_(&draft), options_(options), shape_(draft.shape()), steps_(sizes.steps),
-        capacity_(sizes.positions), cache_(sizes.draft_cache), record_(record || options.sparse_draft),
+      : ctx_(&ctx),
+        draft_(&draft),
+        options_(options),
+        shape_(draft.shape()),
+        steps_(sizes.steps),
+        capacity_(sizes.positions),
+        cache_(sizes.draft_cache),
+        record_(record || options.sparse_draft),
         pass_(sizes.sequences, (std::max)(options.prefill_chunk, 2 * sizes.sequences)) {
     const auto sequences = static_cast<std::size_t>(sizes.sequences);
     if (record_) weights_ = buffer<float, B>(sizes.draft_weights);
@@ -36,12 +42,12 @@ class drafter {
 
   std::size_t workspace_bytes(const context<B>& ctx, std::int32_t sequences) const {
     const std::int32_t slots = (std::max)(options_.prefill_chunk, 2 * sequences);
-    std::size_t need = attend_workspace_bytes(
-        ctx, {sequences, slots, shape_.q_heads, shape_.kv_heads, shape_.head_dim, capacity_});
+    std::size_t need =
+        attend_workspace_bytes(ctx, {sequences, slots, shape_.q_heads, shape_.kv_heads, shape_.head_dim, capacity_});
     if (options_.sparse_draft) {
-      need = (std::max)(need, select_workspace_bytes(ctx, std::ptrdiff_t{shape_.layers} * sequences * shape_.kv_heads,
-                                                     shape_.q_heads / shape_.kv_heads, capacity_,
-                                                     options_.draft_rule));
+      need =
+          (std::max)(need, select_workspace_bytes(ctx, std::ptrdiff_t{shape_.layers} * sequences * shape_.kv_heads,
+                                                  shape_.q_heads / shape_.kv_heads, capacity_, options_.draft_rule));
     }
     return need;
   }
@@ -68,8 +74,7 @@ class drafter {
   /// [steps, layers, sequences, q_heads, positions] of the last run.
   view<const float, 5, B> weights(std::int32_t sequences) const {
     if (!record_) return {};
-    return view<const float, 5, B>(weights_.data(),
-                                   {steps_, shape_.layers, sequences, shape_.q_heads, capacity_});
+    return view<const float, 5, B>(weights_.data(), {steps_, shape_.layers, sequences, shape_.q_heads, capacity_});
   }
   view<const std::int32_t, 2, B> row_lengths(std::int32_t sequences) const {
     return view<const std::int32_t, 2, B>(row_lengths_.data(), {sequences, (std::max)(steps_, 1)});
@@ -85,11 +90,13 @@ class drafter {
       const std::int32_t count = (std::min)(end - 1 - cached, options_.prefill_chunk);
       pass_.clear();
       pass_.begin_sequence(cached);
-      for (std::int32_t i = cached; i < cached + count; ++i) pass_.add_slot(text[static_cast<std::size_t>(i)], i, false);
+      for (std::int32_t i = cached; i < cached + count; ++i)
+        pass_.add_slot(text[static_cast<std::size_t>(i)], i, false);
       pass_.end_sequence();
       cache_.reserve(*row, count);
-      attention_pass<T, B> pass(*ctx_, cache_, {pass_.slot_offsets.shaped({2}), pass_.kv_lens.shaped({1}),
-                                                view<const std::int32_t, 1, B>(row, {1})});
+      attention_pass<T, B> pass(
+          *ctx_, cache_,
+          {pass_.slot_offsets.shaped({2}), pass_.kv_lens.shaped({1}), view<const std::int32_t, 1, B>(row, {1})});
       draft_->forward(*ctx_, pass_.batch(), pass, view<float, 2, B>(logits_.data(), {0, shape_.vocab}));
       cache_.advance(*row, count);
     }
@@ -123,8 +130,7 @@ class drafter {
                               {pass_.slot_offsets.shaped({batch.size + 1}), pass_.kv_lens.shaped({batch.size}),
                                batch.rows.shaped({batch.size})});
     if (record_ && step < steps_) {
-      const std::ptrdiff_t per_step =
-          std::ptrdiff_t{shape_.layers} * batch.size * shape_.q_heads * capacity_;
+      const std::ptrdiff_t per_step = std::ptrdiff_t{shape_.layers} * batch.size * shape_.q_heads * capacity_;
       pass.record({weights_.data() + step * per_step, {shape_.layers, batch.size, shape_.q_heads, capacity_}},
                   record_slots::newest);
     }
@@ -153,8 +159,8 @@ class drafter {
       if (!batch.forced.empty()) {
         batch.drafted.data()[at] = batch.forced[static_cast<std::size_t>(position)];
       } else {
-        sample(*ctx_, view<const float, 2, B>(logits_.data() + std::ptrdiff_t{logit_row} * shape_.vocab,
-                                              {1, shape_.vocab}),
+        sample(*ctx_,
+               view<const float, 2, B>(logits_.data() + std::ptrdiff_t{logit_row} * shape_.vocab, {1, shape_.vocab}),
                view<const sampler_options, 1, B>(&seq.sampler, {1}), view<const std::int64_t, 1, B>(&position, {1}),
                random_use::draft,
                view<float, 2, B>(batch.probabilities.data() + at * shape_.vocab, {1, shape_.vocab}),
@@ -176,7 +182,8 @@ class drafter {
       const std::int32_t length = row_lengths_.data()[s * steps_ + step];
       longest = (std::max)(longest, length);
       for (std::int32_t layer = 0; layer < shape_.layers; ++layer) {
-        for (std::int32_t h = 0; h < shape_.kv_heads; ++h) group_lens_.data()[group(layer, s, h, batch.size)] = length;
+        for (std::int32_t h = 0; h < shape_.kv_heads; ++h)
+          group_lens_.data()[group(layer, s, h, batch.size)] = length;
       }
     }
     importance<float, B> from;

@@ -39,9 +39,7 @@ namespace detail {
 inline void append_part(std::string& text, std::string_view part) { text += part; }
 template <class Number>
   requires std::is_arithmetic_v<Number>
-void append_part(std::string& text, Number number) {
-  text += std::to_string(number);
-}
+void append_part(std::string& text, Number number) { text += std::to_string(number); }
 
 /// The only throw point of the library.
 template <class Error>

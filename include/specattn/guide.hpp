@@ -19,7 +19,7 @@ namespace specattn::inline v0_1 {
 /// The maxima a guide must be ready for. It allocates in prepare(), never in a round.
 struct guide_setup {
   model_shape target;
-  model_shape draft;                ///< layers 0: there is no draft
+  model_shape draft;  ///< layers 0: there is no draft
   std::int32_t max_sequences = 1;
   std::int32_t max_positions = 0;
   std::int32_t max_slots = 1;       ///< of all sequences in one verify pass
@@ -37,18 +37,18 @@ struct guide_needs {
 template <storage T, backend B = cpu>
 struct round_state {
   const kv_cache<T, B>* target_cache = nullptr;
-  std::span<const std::int32_t> cache_rows;      ///< [sequences] identifies a sequence from round to round
-  std::span<const std::int32_t> kv_lens;         ///< [sequences] prefix of the verify pass
-  std::span<const std::int32_t> slot_offsets;    ///< [sequences + 1] of the verify pass
-  std::span<const std::uint8_t> dense;           ///< [sequences] 1: this sequence's round is dense, whatever the guide
-  std::span<const std::int32_t> replayed;        ///< [sequences] leading slots that only rewrite known positions
-  std::span<const std::int32_t> accepted;        ///< [sequences] valid in after_verify
+  std::span<const std::int32_t> cache_rows;    ///< [sequences] identifies a sequence from round to round
+  std::span<const std::int32_t> kv_lens;       ///< [sequences] prefix of the verify pass
+  std::span<const std::int32_t> slot_offsets;  ///< [sequences + 1] of the verify pass
+  std::span<const std::uint8_t> dense;         ///< [sequences] 1: this sequence's round is dense, whatever the guide
+  std::span<const std::int32_t> replayed;      ///< [sequences] leading slots that only rewrite known positions
+  std::span<const std::int32_t> accepted;      ///< [sequences] valid in after_verify
   /// Recorded draft weights [steps, draft layers, sequences, q_heads, capacity]: entry j of a row is position j.
   view<const float, 5, B> draft_weights;
   view<const std::int32_t, 2, B> draft_row_lengths;  ///< [sequences, steps] entries of a row; 0: not recorded
   /// Recorded target weights [layers, slots, q_heads, capacity]; entries as recording_view says. In after_verify.
   view<const float, 4, B> target_weights;
-  selection_view<B> kept;                        ///< [layers * sequences * kv_heads] the decision
+  selection_view<B> kept;  ///< [layers * sequences * kv_heads] the decision
   std::int32_t layers = 0;
   std::int32_t kv_heads = 0;
 

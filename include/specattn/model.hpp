@@ -33,7 +33,9 @@ struct forward_batch {
 /// `out` [slots, q_heads, head_dim] is overwritten. The attention owns the cache and decides what is read.
 template <class A, class B>
 concept layer_attention = requires(A& attention, std::int32_t layer, view<const float, 3, B> in,
-                                   view<float, 3, B> out) { attention(layer, in, in, in, out); };
+                                   view<float, 3, B> out) {
+  attention(layer, in, in, in, out);
+};
 
 namespace detail {
 /// The least an attention object is; models are checked against it.

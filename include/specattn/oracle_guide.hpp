@@ -56,7 +56,8 @@ class oracle_guide : public idle_guide {
     const std::ptrdiff_t capacity = setup_.max_positions + setup_.max_slots;
     args.recording = {weights_.shaped({q.extent(0), q.extent(1), capacity}), record_slots::all};
     attend(ctx, args);
-    for (std::int32_t s = 0; s < round.sequences(); ++s) select_sequence(ctx, round, layer, s, args.recording.weights);
+    for (std::int32_t s = 0; s < round.sequences(); ++s)
+      select_sequence(ctx, round, layer, s, args.recording.weights);
   }
 
  private:

@@ -1,7 +1,6 @@
 // 16-bit storage types. They hold bits only: arithmetic is always in float.
 #pragma once
 
-#include <bit>
 #include <concepts>
 #include <cstdint>
 
@@ -24,17 +23,19 @@ concept storage = std::same_as<T, float> || std::same_as<T, bf16> || std::same_a
 
 SPECATTN_HD inline float to_float(float x) { return x; }
 
-SPECATTN_HD inline float to_float(bf16 x) { return std::bit_cast<float>(static_cast<std::uint32_t>(x.bits) << 16); }
+SPECATTN_HD inline float to_float(bf16 x) {
+  return __builtin_bit_cast(float, static_cast<std::uint32_t>(x.bits) << 16);
+}
 
 SPECATTN_HD inline float to_float(fp16 x) {
   const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
   const std::uint32_t rest = x.bits & 0x7fffu;
-  if (rest >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
+  if (rest >= 0x7c00u) return __builtin_bit_cast(float, sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
   if (rest < 0x0400u) {  // zero and subnormals: a count of 2^-24
     const float magnitude = static_cast<float>(rest) * 5.9604644775390625e-8f;
-    return std::bit_cast<float>(sign | std::bit_cast<std::uint32_t>(magnitude));
+    return __builtin_bit_cast(float, sign | __builtin_bit_cast(std::uint32_t, magnitude));
   }
-  return std::bit_cast<float>(sign | ((rest << 13) + 0x38000000u));
+  return __builtin_bit_cast(float, sign | ((rest << 13) + 0x38000000u));
 }
 
 /// Rounds to nearest, ties to even; NaN stays NaN.
@@ -43,18 +44,18 @@ SPECATTN_HD inline T from_float(float x) {
   if constexpr (std::same_as<T, float>) {
     return x;
   } else if constexpr (std::same_as<T, bf16>) {
-    const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
+    const std::uint32_t bits = __builtin_bit_cast(std::uint32_t, x);
     if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<std::uint16_t>((bits >> 16) | 0x40u)};
     return {static_cast<std::uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
   } else {
-    const std::uint32_t bits = std::bit_cast<std::uint32_t>(x);
+    const std::uint32_t bits = __builtin_bit_cast(std::uint32_t, x);
     const std::uint16_t sign = static_cast<std::uint16_t>((bits >> 16) & 0x8000u);
     const std::uint32_t rest = bits & 0x7fffffffu;
     if (rest > 0x7f800000u) return {static_cast<std::uint16_t>(sign | 0x7e00u)};
     if (rest >= 0x477ff000u) return {static_cast<std::uint16_t>(sign | 0x7c00u)};  // rounds past 65504
     if (rest < 0x38800000u) {  // subnormal: adding 0.5 aligns the mantissa so that the hardware rounds it
-      const float shifted = std::bit_cast<float>(rest) + 0.5f;
-      return {static_cast<std::uint16_t>(sign | (std::bit_cast<std::uint32_t>(shifted) - 0x3f000000u))};
+      const float shifted = __builtin_bit_cast(float, rest) + 0.5f;
+      return {static_cast<std::uint16_t>(sign | (__builtin_bit_cast(std::uint32_t, shifted) - 0x3f000000u))};
     }
     const std::uint32_t rounded = rest + 0xfffu + ((rest >> 13) & 1u);
     return {static_cast<std::uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};

@@ -123,7 +123,8 @@ std::size_t select_workspace_bytes(const context<B>& ctx, std::ptrdiff_t groups,
 template <storage T, backend B>
 void select(context<B>& ctx, const importance<T, B>& from, const selection_rule& rule, selection_view<B> out) {
   detail::check_select(from, rule, out);
-  detail::select_impl<B>::run(ctx, from, rule, out);
+  detail::select_impl<B>::run(ctx, from, rule,
+                              out);  // incomplete? include <specattn/specattn.hpp> or <specattn/cuda.cuh>
 }
 
 }  // namespace specattn::inline v0_1

@@ -2,7 +2,6 @@
 // the order of summation, nor the number of threads, nor a flush-to-zero mode, nor fused multiply-adds.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 
 #include "config.hpp"
@@ -37,13 +36,13 @@ SPECATTN_HD inline bool needs_lift(std::uint32_t max_key) { return max_key < (st
 SPECATTN_HD inline std::uint32_t lift_key(std::uint32_t key) {
   if (key >= 0x00800000u) return key + (std::uint32_t{90} << 23);
   // A subnormal is key * 2^-149; 24-bit integers are exact in float.
-  return std::bit_cast<std::uint32_t>(static_cast<float>(static_cast<std::int32_t>(key)) * 0x1p-59f);
+  return __builtin_bit_cast(std::uint32_t, static_cast<float>(static_cast<std::int32_t>(key)) * 0x1p-59f);
 }
 
 /// 2^(40 - e) for a row whose (lifted) maximum lies in [2^e, 2^(e+1)); any finite number for a row of zeros.
 SPECATTN_HD inline float mass_scale(std::uint32_t max_key) {
   const std::uint32_t exponent = max_key >> 23;
-  return std::bit_cast<float>((exponent < 63u ? 231u : 294u - exponent) << 23);
+  return __builtin_bit_cast(float, (exponent < 63u ? 231u : 294u - exponent) << 23);
 }
 
 // ---- mass ---------------------------------------------------------------------------------------------------
@@ -51,12 +50,12 @@ SPECATTN_HD inline float mass_scale(std::uint32_t max_key) {
 /// x rounded to the nearest integer, ties to even; 0 <= x < 2^52.
 SPECATTN_HD inline std::uint64_t fixed_point(float x) {
   // Above 2^52 a double's last bit is worth one, so the addition rounds and the mantissa is the result.
-  return std::bit_cast<std::uint64_t>(static_cast<double>(x) + 0x1p52) - 0x4330000000000000u;
+  return __builtin_bit_cast(std::uint64_t, static_cast<double>(x) + 0x1p52) - 0x4330000000000000u;
 }
 
 /// Mass of a weight with this key in a row of this scale. The product is exact: the scale is a power of two.
 SPECATTN_HD inline std::uint64_t weight_mass(std::uint32_t key, float scale) {
-  return fixed_point(std::bit_cast<float>(key) * scale);
+  return fixed_point(__builtin_bit_cast(float, key) * scale);
 }
 
 /// What turns a row's weights into shares of its mass, in units of 2^-48: share = fixed_point(weight * scale).
@@ -67,23 +66,23 @@ SPECATTN_HD inline float share_scale(float scale, std::uint64_t row_mass) {
 }
 
 SPECATTN_HD inline std::uint64_t weight_share(std::uint32_t key, float share_scale_of_row) {
-  return fixed_point(std::bit_cast<float>(key) * share_scale_of_row);
+  return fixed_point(__builtin_bit_cast(float, key) * share_scale_of_row);
 }
 
 /// What a top_p asks for. By its bits, so that no compiler mode loses the NaN.
 enum class asked { forced_only, target, everything };
 
-SPECATTN_HD inline bool is_nan(float p) { return (std::bit_cast<std::uint32_t>(p) & 0x7fffffffu) > 0x7f800000u; }
+SPECATTN_HD inline bool is_nan(float p) { return (__builtin_bit_cast(std::uint32_t, p) & 0x7fffffffu) > 0x7f800000u; }
 
 SPECATTN_HD inline asked asked_by(float p) {
-  const std::uint32_t bits = std::bit_cast<std::uint32_t>(p);
+  const std::uint32_t bits = __builtin_bit_cast(std::uint32_t, p);
   if (is_nan(p) || bits == 0 || bits >= 0x80000000u) return asked::forced_only;
   return bits >= 0x3f800000u ? asked::everything : asked::target;
 }
 
 /// ceil(p * mass), exactly, for 0 < p < 1 and mass < 2^63.
 SPECATTN_HD inline std::uint64_t target_mass(float p, std::uint64_t mass) {
-  const std::uint32_t bits = std::bit_cast<std::uint32_t>(p);
+  const std::uint32_t bits = __builtin_bit_cast(std::uint32_t, p);
   const std::uint32_t exponent = bits >> 23;
   const std::uint64_t mantissa = exponent == 0 ? bits : (bits & 0x7fffffu) | 0x800000u;
   const int shift = exponent == 0 ? 149 : 150 - static_cast<int>(exponent);  // p = mantissa / 2^shift, shift >= 24
@@ -122,9 +121,9 @@ SPECATTN_HD inline std::uint64_t bisection_step(std::uint64_t max, std::uint32_t
 }
 
 SPECATTN_HD inline std::uint32_t bisection_step(std::uint32_t max_key, std::uint32_t k) {
-  const double step = static_cast<double>(std::bit_cast<float>(max_key)) * k * 0x1p-10;  // 34 bits: exact
+  const double step = static_cast<double>(__builtin_bit_cast(float, max_key)) * k * 0x1p-10;  // 34 bits: exact
   const float nearest = static_cast<float>(step);
-  return std::bit_cast<std::uint32_t>(nearest) + (static_cast<double>(nearest) < step ? 1u : 0u);
+  return __builtin_bit_cast(std::uint32_t, nearest) + (static_cast<double>(nearest) < step ? 1u : 0u);
 }
 
 // ---- pages and forced items ---------------------------------------------------------------------------------

@@ -39,10 +39,10 @@ SPECATTN_HD inline std::ptrdiff_t padded_count(std::ptrdiff_t count, std::ptrdif
 /// padded_count(); behind that it is neither written nor to be read.
 template <backend B = cpu>
 struct selection_view {
-  view<std::int32_t, 2, B> positions;   ///< [groups, capacity]
-  view<std::int32_t, 1, B> counts;      ///< [groups]; keep_all or 0 … capacity
-  view<float, 1, B> mass;               ///< [groups] kept share of the group's mass; may be empty
-  view<std::uint32_t, 1, B> status;     ///< [groups] selection_status flags; may be empty
+  view<std::int32_t, 2, B> positions;  ///< [groups, capacity]
+  view<std::int32_t, 1, B> counts;     ///< [groups]; keep_all or 0 … capacity
+  view<float, 1, B> mass;              ///< [groups] kept share of the group's mass; may be empty
+  view<std::uint32_t, 1, B> status;    ///< [groups] selection_status flags; may be empty
 
   SPECATTN_HD std::ptrdiff_t groups() const { return counts.extent(0); }
   SPECATTN_HD std::ptrdiff_t capacity() const { return positions.extent(1); }

@@ -109,7 +109,7 @@ void sample(context<B>& ctx, view<const float, 2, B> logits, view<const sampler_
 template <backend B>
 void verify(context<B>& ctx, const verify_args<B>& args) {
   detail::check_verify(args);
-  detail::verify_impl<B>::run(ctx, args);
+  detail::verify_impl<B>::run(ctx, args);  // incomplete? include <specattn/specattn.hpp> or <specattn/cuda.cuh>
 }
 
 }  // namespace specattn::inline v0_1

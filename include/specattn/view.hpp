@@ -1,7 +1,6 @@
 // A shaped, strided, non-owning array whose type carries its backend.
 #pragma once
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -9,6 +8,15 @@
 #include "backend.hpp"
 
 namespace specattn::inline v0_1 {
+
+/// One number for each dimension. A std::array that device code may index without special compiler flags.
+template <int Rank>
+struct dimensions {
+  std::ptrdiff_t values[Rank];
+  SPECATTN_HD constexpr std::ptrdiff_t& operator[](std::ptrdiff_t d) { return values[d]; }
+  SPECATTN_HD constexpr std::ptrdiff_t operator[](std::ptrdiff_t d) const { return values[d]; }
+  friend constexpr bool operator==(const dimensions&, const dimensions&) = default;
+};
 
 /// `Rank` extents and strides over memory the caller owns. Strides count elements and may be anything, the last
 /// one included; offsets are 64-bit. An empty view (no data) stands for "not wanted" where a parameter says so.
@@ -26,15 +34,15 @@ class view {
   view() = default;
 
   /// Dense, last dimension fastest.
-  SPECATTN_HD view(T* data, std::array<index, Rank> extents) : data_(data), extents_(extents) {
+  SPECATTN_HD view(T* data, dimensions<Rank> extents) : data_(data), extents_(extents) {
     index stride = 1;
     for (int d = Rank - 1; d >= 0; --d) {
-      strides_[static_cast<std::size_t>(d)] = stride;
-      stride *= extents[static_cast<std::size_t>(d)];
+      strides_[d] = stride;
+      stride *= extents[d];
     }
   }
 
-  SPECATTN_HD view(T* data, std::array<index, Rank> extents, std::array<index, Rank> strides)
+  SPECATTN_HD view(T* data, dimensions<Rank> extents, dimensions<Rank> strides)
       : data_(data), extents_(extents), strides_(strides) {}
 
   /// A view of mutable elements is also a view of constant ones.
@@ -44,42 +52,34 @@ class view {
       : data_(other.data()), extents_(other.extents()), strides_(other.strides()) {}
 
   SPECATTN_HD T* data() const { return data_; }
-  SPECATTN_HD index extent(int d) const { return extents_[static_cast<std::size_t>(d)]; }
-  SPECATTN_HD index stride(int d) const { return strides_[static_cast<std::size_t>(d)]; }
-  SPECATTN_HD std::array<index, Rank> extents() const { return extents_; }
-  SPECATTN_HD std::array<index, Rank> strides() const { return strides_; }
+  SPECATTN_HD index extent(int d) const { return extents_[d]; }
+  SPECATTN_HD index stride(int d) const { return strides_[d]; }
+  SPECATTN_HD dimensions<Rank> extents() const { return extents_; }
+  SPECATTN_HD dimensions<Rank> strides() const { return strides_; }
   SPECATTN_HD bool empty() const { return data_ == nullptr; }
   SPECATTN_HD index size() const {
     index product = 1;
-    for (index e : extents_) product *= e;
+    for (index e : extents_.values) product *= e;
     return product;
   }
 
   /// Element (i, j, …). Not checked.
   template <class... Index>
     requires(sizeof...(Index) == Rank)
-  SPECATTN_HD T& operator()(Index... i) const {
-    return data_[offset(std::array<index, Rank>{static_cast<index>(i)...})];
-  }
+  SPECATTN_HD T& operator()(Index... i) const { return data_[offset(dimensions<Rank>{static_cast<index>(i)...})]; }
 
   /// What lies at index i of the first dimension, one rank lower.
-  SPECATTN_HD view<T, Rank - 1, B> operator[](index i) const
-    requires(Rank > 1)
-  {
-    std::array<index, Rank - 1> extents{};
-    std::array<index, Rank - 1> strides{};
-    for (std::size_t d = 1; d < Rank; ++d) {
+  SPECATTN_HD view<T, Rank - 1, B> operator[](index i) const requires(Rank > 1) {
+    dimensions<Rank - 1> extents{};
+    dimensions<Rank - 1> strides{};
+    for (int d = 1; d < Rank; ++d) {
       extents[d - 1] = extents_[d];
       strides[d - 1] = strides_[d];
     }
     return {data_ + i * strides_[0], extents, strides};
   }
 
-  SPECATTN_HD T& operator[](index i) const
-    requires(Rank == 1)
-  {
-    return data_[i * strides_[0]];
-  }
+  SPECATTN_HD T& operator[](index i) const requires(Rank == 1) { return data_[i * strides_[0]]; }
 
   /// Indices [first, first + count) of the first dimension.
   SPECATTN_HD view slice(index first, index count) const {
@@ -90,15 +90,15 @@ class view {
   }
 
  private:
-  SPECATTN_HD index offset(std::array<index, Rank> i) const {
+  SPECATTN_HD index offset(dimensions<Rank> i) const {
     index sum = 0;
-    for (std::size_t d = 0; d < Rank; ++d) sum += i[d] * strides_[d];
+    for (int d = 0; d < Rank; ++d) sum += i[d] * strides_[d];
     return sum;
   }
 
   T* data_ = nullptr;
-  std::array<index, Rank> extents_{};
-  std::array<index, Rank> strides_{};
+  dimensions<Rank> extents_{};
+  dimensions<Rank> strides_{};
 };
 
 }  // namespace specattn::inline v0_1

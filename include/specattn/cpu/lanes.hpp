@@ -100,7 +100,8 @@ struct lanes {
   return max_of_lanes(_mm256_max_ps(_mm512_castps512_ps256(x.v), upper_half(x)));
 }
 
-/// Position whose partial sums are leaf k of fold() below, so that its total comes out in lane (that position).
+/// Position whose partial sums are leaf k of fold() below, so that its total comes out in lane (that position). Leaf
+/// 4 g + i is leaf 4 g's position plus leaf i's.
 inline constexpr int leaf_position[16] = {0, 4, 1, 5, 8, 12, 9, 13, 2, 6, 3, 7, 10, 14, 11, 15};
 
 /// Folds two vectors of partial sums into one of half as many partial sums each.
@@ -285,8 +286,6 @@ inline float max_of_lanes(const lanes& x) {
 }
 
 #endif
-
-inline constexpr int fold_levels = std::countr_zero(static_cast<unsigned>(lanes::width));
 
 /// The first n elements (fewer than a register) with zeros behind; reads no further.
 template <storage T>

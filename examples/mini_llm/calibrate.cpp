@@ -1,0 +1,154 @@
+#include "calibrate.hpp"
+
+#include <algorithm>
+#include <iostream>
+#include <memory>
+
+#include "calibrate_report.hpp"
+#include "commands.hpp"
+#include "input_error.hpp"
+#include "progress_line.hpp"
+#include "specattn/alignment_json.hpp"
+#include "specattn/specattn.hpp"
+
+namespace mini_llm {
+namespace {
+
+/// Mean attention of short blocks says little; a text needs this many tokens behind its prefill.
+constexpr std::int32_t least_behind_prefill = 64;
+
+template <specattn::storage T>
+specattn::calibration calibrate_as(session& with, const std::vector<token_text>& texts,
+                                   const specattn::calibration_options& options) {
+  std::size_t longest = 0;
+  for (const token_text& text : texts) longest = (std::max)(longest, text.tokens.size());
+  specattn::calibrator<T, llama, llama> reading(*with.ctx, with.target->model, with.draft->model, options,
+                                                static_cast<std::int32_t>(longest));
+  progress_line progress(std::cerr);
+  for (const token_text& text : texts) {
+    reading.add(text.tokens, [&](std::int32_t done, std::int32_t total) {
+      progress.show(text.name + print(": %d of %d tokens", done, total));
+    });
+  }
+  progress.show("fitting");
+  specattn::calibration made = reading.fit();
+  made.fitted.target = with.target->model.fingerprint();
+  made.fitted.draft = with.draft->model.fingerprint();
+  return made;
+}
+
+}  // namespace
+
+token_text sample_text(session& with, std::int32_t tokens, std::int64_t seed) {
+  const auto begin = with.target->words.bos_id();
+  const std::int32_t first = begin ? *begin : with.target->config.bos_id.value_or(0);
+  specattn::decode_options options;
+  options.draft_length = 0;
+  options.max_positions = tokens;
+  const auto plain = make_engine(*with.ctx, with.target->model, nullptr, with.kv, with.guide, options);
+  specattn::decode_request request;
+  request.prompt = {&first, 1};
+  request.max_new_tokens = tokens - 1;
+  request.sampler.temperature = 0.8f;
+  request.sampler.top_p = 0.95f;
+  request.sampler.seed = static_cast<std::uint64_t>(seed);
+  const std::int32_t row = plain->add(request, [](std::int32_t, std::int32_t) {});
+  progress_line progress(std::cerr);
+  std::size_t done = 1;
+  while (plain->step([&](std::int32_t, std::span<const std::int32_t> made) {
+    done += made.size();
+    progress.show(print("sampling %zu of %d tokens", done, tokens));
+    return true;
+  })) {
+  }
+  const auto text = plain->text(row);
+  return {"sampled", {text.begin(), text.end()}};
+}
+
+specattn::calibration calibrate_pair(session& with, const std::vector<token_text>& texts,
+                                     const specattn::calibration_options& options) {
+  if (!with.draft) throw input_error("calibrate needs a draft model (--model-draft)");
+  switch (with.kv) {
+    case kv_type::f16:
+      return calibrate_as<specattn::fp16>(with, texts, options);
+    case kv_type::bf16:
+      return calibrate_as<specattn::bf16>(with, texts, options);
+    case kv_type::f32:
+      break;
+  }
+  return calibrate_as<float>(with, texts, options);
+}
+
+void run_calibrate(const calibrate_options& options) {
+  require_folder_of(options.out);
+  if (!options.plot.empty()) require_folder_of(options.plot);
+  specattn::calibration_options fit = options.fit;
+  fit.windows = parse_integers(options.windows, "--windows", 1, 1 << 20);
+  session_options pair = options.pair;
+  pair.guide = "none";
+  session with = open_session(pair);
+  if (!with.draft) throw input_error("calibrate needs a draft model: name it with --model-draft");
+  const std::int32_t limit =
+      (std::min)({options.tokens, with.target->model.shape().max_positions, with.draft->model.shape().max_positions});
+  const std::int32_t least = fit.prefill + least_behind_prefill;
+  if (limit < least) {
+    throw input_error("calibrate: --tokens " + std::to_string(limit) + " is too few; at least " +
+                      std::to_string(least) + " are needed");
+  }
+  std::vector<token_text> texts;
+  if (options.files.empty()) {
+    texts.push_back(sample_text(with, limit, options.seed));
+  } else {
+    texts = read_texts(options.files, with.target->words, limit, least);
+  }
+  const specattn::calibration made = calibrate_pair(with, texts, fit);
+  if (options.json) {
+    std::cout << to_json(made).dump(2) << std::endl;
+  } else {
+    print_calibration(std::cout, made);
+    std::cout.flush();
+  }
+  specattn::save_alignment(made.fitted, options.out.string());
+  std::cerr << "alignment written to " << options.out.string() << '\n';
+  if (options.plot.empty()) return;
+  write_text(options.plot + "-divergence.svg", draw_divergence(made));
+  write_text(options.plot + "-mixtures.svg", draw_mixtures(made));
+}
+
+void add_calibrate_command(CLI::App& app) {
+  const auto options = std::make_shared<calibrate_options>();
+  CLI::App& command = *app.add_subcommand("calibrate", "fit a pair's alignment: what guides which target head");
+  calibrate_options& o = *options;
+  add_pair_flags(command, o.pair);
+  command.add_option("-f,--file", o.files,
+                     "a text to read, - for stdin; repeatable; without one the target samples its own");
+  command.add_option("--tokens", o.tokens, "tokens of each text, cut to the context")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command.add_option("-s,--seed", o.seed, "of a sampled text")->capture_default_str();
+  command.add_option("--draft,--draft-max,--draft-length", o.fit.draft_length, "tokens drafted a round")
+      ->check(CLI::Range(1, specattn::max_draft_length))
+      ->capture_default_str();
+  command.add_option("--record-steps", o.fit.record_steps, "draft steps that guide a round; 0: all")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command.add_option("--prefill", o.fit.prefill, "leading tokens of a text that are not compared")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command.add_option("--every", o.fit.every, "compare every n-th block")
+      ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  command.add_option("--windows", o.windows, "recency signals: lengths, separated by commas; \"\" for none")
+      ->capture_default_str();
+  command.add_option("--sinks", o.fit.sinks, "first positions that the sink signal covers; 0: no such signal")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
+  command.add_flag("--history,!--no-history", o.fit.history,
+                   "the target's own attention a round ago is a signal too");
+  command.add_option("-o,--out", o.out, "the alignment")->capture_default_str();
+  command.add_option("--plot", o.plot, "write <prefix>-divergence.svg and <prefix>-mixtures.svg");
+  command.add_flag("--json", o.json, "print JSON in place of the tables");
+  command.callback([options] { run_calibrate(*options); });
+}
+
+}  // namespace mini_llm

@@ -1,0 +1,103 @@
+#include "command_input.hpp"
+
+#include <algorithm>
+#include <charconv>
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <string_view>
+#include <system_error>
+
+#include "input_error.hpp"
+
+namespace mini_llm {
+namespace {
+
+/// Calls `take(part)` for each part between commas.
+template <class Take>
+void split_list(const std::string& list, Take take) {
+  for (std::size_t from = 0; from <= list.size();) {
+    const std::size_t end = (std::min)(list.find(',', from), list.size());
+    if (end > from) take(std::string_view(list).substr(from, end - from));
+    from = end + 1;
+  }
+}
+
+template <class Number>
+Number parse_number(std::string_view part, const char* flag, Number low, Number high) {
+  Number value{};
+  const auto [end, failed] = std::from_chars(part.data(), part.data() + part.size(), value);
+  if (failed != std::errc{} || end != part.data() + part.size() || !(value >= low && value <= high)) {
+    throw input_error(std::string(flag) + ": '" + std::string(part) + "' is no number from " +
+                      print("%g", static_cast<double>(low)) + " to " + print("%g", static_cast<double>(high)));
+  }
+  return value;
+}
+
+}  // namespace
+
+std::string print(const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  va_list again;
+  va_copy(again, arguments);
+  const int length = std::vsnprintf(nullptr, 0, format, arguments);
+  va_end(arguments);
+  std::string text(static_cast<std::size_t>((std::max)(length, 0)), '\0');
+  std::vsnprintf(text.data(), text.size() + 1, format, again);
+  va_end(again);
+  return text;
+}
+
+void add_pair_flags(CLI::App& command, session_options& options) {
+  command.add_option("-m,--model", options.model, "target: a Hugging Face directory; default: the embedded one");
+  command.add_option("--md,--model-draft,--draft-model", options.draft,
+                     "draft; default with the embedded target: its own");
+  command.add_option("-t,--threads", options.threads, "0: all")->check(CLI::Range(0, 1024))->capture_default_str();
+  command.add_option("--kv,--cache-type", options.kv, "f16, bf16 or f32")->capture_default_str();
+}
+
+std::vector<token_text> read_texts(const std::vector<std::filesystem::path>& files, const tokenizer& words,
+                                   std::int32_t limit, std::int32_t least) {
+  std::vector<token_text> texts;
+  for (const std::filesystem::path& file : files) {
+    std::string text = read_text(file);
+    // Tokens of real text are a few bytes long; a limit of 16 bytes each loses nothing and spares long books.
+    const auto enough = static_cast<std::size_t>(limit) * 16 + 256;
+    if (text.size() > enough) {
+      std::size_t end = enough;
+      while (end > enough - 4 && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) --end;
+      text.resize(end);
+    }
+    token_text read{file == "-" ? "stdin" : file.stem().string(), words.encode(text, true)};
+    if (static_cast<std::int32_t>(read.tokens.size()) < least) {
+      throw input_error(file.string() + ": " + std::to_string(read.tokens.size()) + " tokens; at least " +
+                        std::to_string(least) + " are needed");
+    }
+    if (static_cast<std::int32_t>(read.tokens.size()) > limit) read.tokens.resize(static_cast<std::size_t>(limit));
+    texts.push_back(std::move(read));
+  }
+  return texts;
+}
+
+void require_folder_of(const std::filesystem::path& file) {
+  const std::filesystem::path folder = file.has_parent_path() ? file.parent_path() : std::filesystem::path(".");
+  std::error_code ignored;
+  if (std::filesystem::is_directory(folder, ignored)) return;
+  throw input_error(file.string() + ": cannot be written: " + folder.string() + " is no folder");
+}
+
+std::vector<double> parse_numbers(const std::string& list, const char* flag, double low, double high) {
+  std::vector<double> numbers;
+  split_list(list, [&](std::string_view part) { numbers.push_back(parse_number(part, flag, low, high)); });
+  return numbers;
+}
+
+std::vector<std::int32_t> parse_integers(const std::string& list, const char* flag, std::int32_t low,
+                                         std::int32_t high) {
+  std::vector<std::int32_t> numbers;
+  split_list(list, [&](std::string_view part) { numbers.push_back(parse_number(part, flag, low, high)); });
+  return numbers;
+}
+
+}  // namespace mini_llm
