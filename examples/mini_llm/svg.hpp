@@ -14,8 +14,8 @@ enum class axis_scale { linear, logarithmic };
 struct chart_axis {
   std::string label;
   axis_scale scale = axis_scale::linear;
-  std::optional<double> low;   ///< empty: from the data
-  std::optional<double> high;  ///< empty: from the data
+  std::optional<double> low{};   ///< empty: from the data
+  std::optional<double> high{};  ///< empty: from the data
 };
 
 /// Points joined in the order given. Points outside the axes, or not finite, are left out.
