@@ -4,6 +4,7 @@
 #include <csignal>
 #include <iostream>
 #include <memory>
+#include <optional>
 #include <random>
 #include <string>
 
@@ -20,8 +21,14 @@ namespace mini_llm {
 namespace {
 
 struct generate_options {
+  generate_options() {  // what wrote fastest on the embedded pair at three quarters fewer KV rows
+    session.decode.draft_length = 2;
+    session.decode.sparse_draft = true;
+    session.rule.top_p = 0.92f;
+  }
+
   session_options session;
-  std::string prompt;
+  std::optional<std::string> prompt;
   std::string file;
   std::int32_t predict = 256;
   std::int64_t seed = 1;
@@ -38,7 +45,7 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 
 std::string prompt_text(const generate_options& options) {
   if (!options.file.empty()) return read_text(options.file);
-  if (!options.prompt.empty()) return options.prompt;
+  if (options.prompt) return *options.prompt;
   return read_text(embedded_models() / "prompt.txt");
 }
 

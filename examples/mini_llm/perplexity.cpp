@@ -235,7 +235,7 @@ void add_perplexity_command(CLI::App& app) {
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   command.add_flag("--sparse-draft,!--dense-draft", o.pair.decode.sparse_draft,
-                   "draft steps after the recorded ones read the draft's own selection");
+                   "draft steps after the first read the draft's own selection");
   command.add_option("--refresh", o.pair.decode.refresh_every, "every n rounds rewrite approximate keys and values")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();

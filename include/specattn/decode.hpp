@@ -73,7 +73,7 @@ class decoder {
     const std::int32_t slots = (std::max)(sizes_.verify_slots, options_.prefill_chunk);
     allocate(slots);
     guide_->prepare({shape_, options_.draft_length > 0 ? draft.shape() : model_shape{}, sizes_.sequences,
-                     sizes_.positions, sizes_.verify_slots, sizes_.steps});
+                     sizes_.positions, sizes_.verify_slots, sizes_.recorded_rows});
     std::size_t need = attend_workspace_bytes(
         ctx, {sizes_.sequences, slots, shape_.q_heads, shape_.kv_heads, shape_.head_dim, sizes_.positions});
     need = (std::max)({need, guide_->workspace_bytes(ctx), verify_workspace_bytes(ctx, sizes_.judged, shape_.vocab)});
@@ -340,7 +340,8 @@ class decoder {
     for (std::ptrdiff_t g = 0; g < state.kept.groups(); ++g) state.kept.counts[g] = 0;
     if (drafter_) {
       state.draft_weights = drafter_->weights(batch_.size);
-      state.draft_row_lengths = drafter_->row_lengths(batch_.size);
+      state.draft_masses = drafter_->masses(batch_.size);
+      state.draft_steps = drafter_->recorded(batch_.size);
     }
     if (!weights_.empty()) {
       state.target_weights =

@@ -92,7 +92,9 @@ struct decode_sizes {
                    .page_size = options.page_size};
     target_groups = std::ptrdiff_t{target.layers} * sequences * target.kv_heads;
     draft_groups = std::ptrdiff_t{draft.layers} * sequences * draft.kv_heads;
-    draft_weights = std::size_t(steps) * std::size_t(draft.layers) * std::size_t(sequences) *
+    recorded_rows = options.sparse_draft ? (std::min)(steps, 1) : steps;
+    const std::int32_t kept_rows = options.sparse_draft && steps > 1 ? 1 : 0;  // a sparse step's, before it is added
+    draft_weights = std::size_t(recorded_rows + kept_rows) * std::size_t(draft.layers) * std::size_t(sequences) *
                     std::size_t(draft.q_heads) * std::size_t(positions);
     target_weights =
         std::size_t(target.layers) * std::size_t(verify_slots) * std::size_t(target.q_heads) * std::size_t(positions);
@@ -100,9 +102,10 @@ struct decode_sizes {
 
   std::int32_t sequences = 0;
   std::int32_t positions = 0;
-  std::int32_t judged = 0;        ///< slots whose logits are wanted
-  std::int32_t verify_slots = 0;  ///< with replayed ones
-  std::int32_t steps = 0;         ///< recorded draft steps
+  std::int32_t judged = 0;         ///< slots whose logits are wanted
+  std::int32_t verify_slots = 0;   ///< with replayed ones
+  std::int32_t steps = 0;          ///< draft steps that guide a round
+  std::int32_t recorded_rows = 0;  ///< sets of weights they leave: one each, or one together when the draft is sparse
   kv_cache_shape target_cache, draft_cache;
   std::ptrdiff_t target_groups = 0;
   std::ptrdiff_t draft_groups = 0;

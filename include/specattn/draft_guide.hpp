@@ -110,9 +110,7 @@ class draft_guide : public idle_guide {
  private:
   template <storage T>
   static std::int32_t steps_of(const round_state<T, B>& round, std::int32_t s) {
-    std::int32_t steps = 0;
-    while (steps < round.draft_row_lengths.extent(1) && round.draft_row_lengths(s, steps) > 0) ++steps;
-    return steps;
+    return round.draft_steps.empty() ? 0 : round.draft_steps[static_cast<std::size_t>(s)];
   }
 
   view<float, 2, B> history_of(std::int32_t cache_row) const {
@@ -133,7 +131,10 @@ class draft_guide : public idle_guide {
     const std::int32_t row = round.cache_rows[static_cast<std::size_t>(s)];
     importance_args<B> args;
     args.draft_weights = sequence_weights(round, s, steps);
-    args.row_lengths = round.draft_row_lengths[s].slice(0, steps);
+    const auto& masses = round.draft_masses;
+    args.masses = {masses.data() + s * masses.stride(2),
+                   {steps, masses.extent(1), masses.extent(3)},
+                   {masses.stride(0), masses.stride(1), masses.stride(3)}};
     args.kv_len = kv_len;
     args.separate_steps = max_rows_ > 1;
     if (!history_valid_.empty() && history_valid_[static_cast<std::size_t>(row)] != 0) args.history = history_of(row);

@@ -28,6 +28,7 @@ class drafter {
         options_(options),
         shape_(draft.shape()),
         steps_(sizes.steps),
+        rows_(sizes.recorded_rows),
         capacity_(sizes.positions),
         cache_(sizes.draft_cache),
         record_(record || options.sparse_draft),
@@ -36,7 +37,8 @@ class drafter {
     if (record_) weights_ = buffer<float, B>(sizes.draft_weights);
     if (options.sparse_draft) kept_ = selection<B>(sizes.draft_groups, capacity_);
     group_lens_ = buffer<std::int32_t, B>(static_cast<std::size_t>(sizes.draft_groups));
-    row_lengths_ = buffer<std::int32_t, B>(sequences * static_cast<std::size_t>(steps_));
+    recorded_ = buffer<std::int32_t, B>(sequences);
+    masses_ = buffer<float, B>(sequences * static_cast<std::size_t>(rows_ * shape_.layers * shape_.q_heads));
     logits_ = buffer<float, B>(sequences * static_cast<std::size_t>(shape_.vocab));
   }
 
@@ -58,7 +60,7 @@ class drafter {
   /// Drafts for the whole batch into batch.drafted (and batch.probabilities where it samples).
   void run(round_batch& batch, std::vector<sequence_state>& sequences, decode_counts& counts) {
     sparse_ = false;
-    std::fill_n(row_lengths_.data(), row_lengths_.size(), 0);
+    std::fill_n(recorded_.data(), recorded_.size(), 0);
     const std::int32_t longest = batch.longest_draft();
     for (std::int32_t s = 0; s < batch.size; ++s) {
       if (batch.draft_length(s) > 0) catch_up(batch.rows.data() + s, sequences);
@@ -67,17 +69,23 @@ class drafter {
       gather(step, batch, sequences);
       forward(step, batch, counts);
       choose(step, batch, sequences);
-      if (options_.sparse_draft && step + 1 == steps_ && step + 1 < longest) select_own(step, batch);
+      if (options_.sparse_draft && step == 0 && longest > 1) select_own(batch);
     }
   }
 
-  /// [steps, layers, sequences, q_heads, positions] of the last run.
+  /// [recorded steps, layers, sequences, q_heads, positions] of the last run; a sparse draft's steps are summed.
   view<const float, 5, B> weights(std::int32_t sequences) const {
     if (!record_) return {};
-    return view<const float, 5, B>(weights_.data(), {steps_, shape_.layers, sequences, shape_.q_heads, capacity_});
+    return view<const float, 5, B>(weights_.data(), {rows_, shape_.layers, sequences, shape_.q_heads, capacity_});
   }
-  view<const std::int32_t, 2, B> row_lengths(std::int32_t sequences) const {
-    return view<const std::int32_t, 2, B>(row_lengths_.data(), {sequences, (std::max)(steps_, 1)});
+  /// [recorded steps, layers, sequences, q_heads] what those rows sum to over the prefix.
+  view<const float, 4, B> masses(std::int32_t sequences) const {
+    if (!record_) return {};
+    return view<const float, 4, B>(masses_.data(), {rows_, shape_.layers, sequences, shape_.q_heads});
+  }
+  /// [sequences] how many steps each has recorded.
+  std::span<const std::int32_t> recorded(std::int32_t sequences) const {
+    return {recorded_.data(), static_cast<std::size_t>(sequences)};
   }
 
  private:
@@ -129,23 +137,77 @@ class drafter {
     attention_pass<T, B> pass(*ctx_, cache_,
                               {pass_.slot_offsets.shaped({batch.size + 1}), pass_.kv_lens.shaped({batch.size}),
                                batch.rows.shaped({batch.size})});
-    if (record_ && step < steps_) {
-      const std::ptrdiff_t per_step = std::ptrdiff_t{shape_.layers} * batch.size * shape_.q_heads * capacity_;
-      pass.record({weights_.data() + step * per_step, {shape_.layers, batch.size, shape_.q_heads, capacity_}},
-                  record_slots::newest);
+    const bool records = record_ && step < steps_;
+    if (records) {
+      const std::ptrdiff_t set = sparse_ ? rows_ : step;  // a sparse step's kept rows lie behind the others
+      pass.record(
+          {weights_.data() + set * set_size(batch.size), {shape_.layers, batch.size, shape_.q_heads, capacity_}},
+          record_slots::newest);
     }
     if (sparse_) pass.guide_by(kept_view(batch.size));
     for (std::int32_t s = 0; s < batch.size; ++s) cache_.reserve(batch.rows.data()[s], slots_of(s));
     draft_->forward(*ctx_, pass_.batch(), pass, view<float, 2, B>(logits_.data(), {pass_.rows, shape_.vocab}));
     for (std::int32_t s = 0; s < batch.size; ++s) {
       count_rows(s, batch.size, counts);
-      const std::int32_t row = batch.rows.data()[s];
-      cache_.advance(row, slots_of(s));
-      if (record_ && step < steps_ && slots_of(s) > 0) {
-        row_lengths_.data()[s * steps_ + step] = cache_.length(row);
-      }
+      cache_.advance(batch.rows.data()[s], slots_of(s));
+    }
+    if (records) note_weights(step, batch);
+    for (std::int32_t s = 0; s < batch.size; ++s) {
       if (sparse_ && slots_of(s) > 0) extend_lists(s, batch.size);
     }
+  }
+
+  std::ptrdiff_t set_size(std::int32_t sequences) const {
+    return std::ptrdiff_t{shape_.layers} * sequences * shape_.q_heads * capacity_;
+  }
+
+  /// After a recorded step: the mass of its rows over the round's prefix; a sparse step's rows are added to the first's.
+  void note_weights(std::int32_t step, const round_batch& batch) {
+    const std::ptrdiff_t heads = shape_.q_heads;
+    const std::ptrdiff_t count = std::ptrdiff_t{shape_.layers} * batch.size * heads;
+    ctx_->parallel_for(count, [&](std::ptrdiff_t i, int) {
+      const auto s = static_cast<std::int32_t>(i / heads % batch.size);
+      if (slots_of(s) == 0) return;
+      const std::int32_t length = cache_.length(batch.rows.data()[s]);  // prefix and tail of this step
+      const std::int32_t prefix = length - 1 - step;
+      if (sparse_) {
+        const std::ptrdiff_t g =
+            group(static_cast<std::int32_t>(i / heads / batch.size), s,
+                  static_cast<std::int32_t>(i % heads) / (shape_.q_heads / shape_.kv_heads), batch.size);
+        add_kept(step, g, prefix, weights_.data() + (rows_ * count + i) * capacity_, weights_.data() + i * capacity_,
+                 masses_.data()[i]);
+      } else {
+        masses_.data()[step * count + i] =
+            prefix_mass(weights_.data() + (step * count + i) * capacity_, prefix, length);
+      }
+    });
+    for (std::int32_t s = 0; s < batch.size; ++s) {
+      if (slots_of(s) > 0 && step < rows_) recorded_.data()[s] = step + 1;
+    }
+  }
+
+  /// A row sums to one over its prefix and tail.
+  static float prefix_mass(const float* row, std::int32_t prefix, std::int32_t length) {
+    float tail = 0.0f;
+    for (std::int32_t i = prefix; i < length; ++i) tail += row[i];
+    if (tail < 0.99f) return 1.0f - tail;
+    float mass = 0.0f;  // the difference would have lost its digits
+    for (std::int32_t i = 0; i < prefix; ++i) mass += row[i];
+    return mass;
+  }
+
+  /// Adds a sparse step's weights over its kept positions to a dense row, scaled to the mass of the first step's row.
+  void add_kept(std::int32_t step, std::ptrdiff_t g, std::int32_t prefix, const float* kept, float* row,
+                float& mass) const {
+    const selection_view<B> lists = kept_.view();
+    std::int32_t count = lists.counts[g];
+    while (count > 0 && lists.positions(g, count - 1) >= prefix) --count;
+    float sum = 0.0f;
+    for (std::int32_t i = 0; i < count; ++i) sum += kept[i];
+    if (sum <= 0.0f) return;
+    const float share = mass / static_cast<float>(step);  // the mass of the first row: so many are in already
+    for (std::int32_t i = 0; i < count; ++i) row[lists.positions(g, i)] += share / sum * kept[i];
+    mass += share;
   }
 
   /// Draws (or, when scoring, looks up) the token of each sequence that drafts in this step.
@@ -172,14 +234,13 @@ class drafter {
     }
   }
 
-  /// After the recorded steps: what the remaining ones read, from the newest recorded weights.
-  void select_own(std::int32_t step, const round_batch& batch) {
+  /// After the first step: what the others read, from its weights.
+  void select_own(const round_batch& batch) {
     const std::ptrdiff_t groups = std::ptrdiff_t{shape_.layers} * batch.size * shape_.kv_heads;
     const std::ptrdiff_t heads = shape_.q_heads / shape_.kv_heads;
-    const std::ptrdiff_t per_step = std::ptrdiff_t{shape_.layers} * batch.size * shape_.q_heads * capacity_;
     std::int32_t longest = 1;
     for (std::int32_t s = 0; s < batch.size; ++s) {
-      const std::int32_t length = row_lengths_.data()[s * steps_ + step];
+      const std::int32_t length = slots_of(s) > 0 ? cache_.length(batch.rows.data()[s]) : 0;
       longest = (std::max)(longest, length);
       for (std::int32_t layer = 0; layer < shape_.layers; ++layer) {
         for (std::int32_t h = 0; h < shape_.kv_heads; ++h)
@@ -187,7 +248,7 @@ class drafter {
       }
     }
     importance<float, B> from;
-    from.weights = {weights_.data() + step * per_step, {groups, heads, longest}, {heads * capacity_, capacity_, 1}};
+    from.weights = {weights_.data(), {groups, heads, longest}, {heads * capacity_, capacity_, 1}};
     from.kv_lens = group_lens_.shaped({groups});
     select(*ctx_, from, options_.draft_rule, kept_view(batch.size));
     sparse_ = true;
@@ -236,7 +297,8 @@ class drafter {
   Draft* draft_;
   decode_options options_;
   model_shape shape_;
-  std::int32_t steps_;
+  std::int32_t steps_;  // that guide a round
+  std::int32_t rows_;   // sets of weights they leave
   std::int32_t capacity_;
   kv_cache<T, B> cache_;
   bool record_;
@@ -245,7 +307,8 @@ class drafter {
   buffer<float, B> weights_;  // [steps, layers, sequences, q_heads, positions]
   selection<B> kept_;
   buffer<float, B> logits_;
-  buffer<std::int32_t, B> group_lens_, row_lengths_;
+  buffer<float, B> masses_;  // [recorded steps, layers, sequences, q_heads]
+  buffer<std::int32_t, B> group_lens_, recorded_;
 };
 
 }  // namespace specattn::inline v0_1::detail

@@ -23,7 +23,7 @@ struct guide_setup {
   std::int32_t max_sequences = 1;
   std::int32_t max_positions = 0;
   std::int32_t max_slots = 1;       ///< of all sequences in one verify pass
-  std::int32_t recorded_steps = 0;  ///< draft steps recorded a round
+  std::int32_t recorded_steps = 0;  ///< rows of draft weights a round leaves for each head
 };
 
 /// What a guide wants recorded.
@@ -43,9 +43,11 @@ struct round_state {
   std::span<const std::uint8_t> dense;         ///< [sequences] 1: this sequence's round is dense, whatever the guide
   std::span<const std::int32_t> replayed;      ///< [sequences] leading slots that only rewrite known positions
   std::span<const std::int32_t> accepted;      ///< [sequences] valid in after_verify
-  /// Recorded draft weights [steps, draft layers, sequences, q_heads, capacity]: entry j of a row is position j.
+  /// Recorded draft weights [steps, draft layers, sequences, q_heads, capacity]: entry j of a row is prefix position j.
+  /// A sparse draft leaves one step: the sum of its steps' rows, each scaled to the first one's mass.
   view<const float, 5, B> draft_weights;
-  view<const std::int32_t, 2, B> draft_row_lengths;  ///< [sequences, steps] entries of a row; 0: not recorded
+  view<const float, 4, B> draft_masses;  ///< [steps, draft layers, sequences, q_heads] a row's sum over the prefix
+  std::span<const std::int32_t> draft_steps;  ///< [sequences] recorded steps, the first ones; 0: did not draft
   /// Recorded target weights [layers, slots, q_heads, capacity]; entries as recording_view says. In after_verify.
   view<const float, 4, B> target_weights;
   selection_view<B> kept;  ///< [layers * sequences * kv_heads] the decision

@@ -48,13 +48,13 @@ inline sparse_mixture make_sparse_mixture(const alignment& from, float least = 1
 
 /// One sequence's signals and where its importance goes.
 ///
-/// Row (step, layer, head) of `draft_weights` holds at least kv_len weights over the prefix, then the step's own
-/// tail; rows are scaled to unit mass over the prefix here, then averaged over the steps.
+/// Row (step, layer, head) of `draft_weights` holds kv_len weights over the prefix; rows are scaled to unit mass here,
+/// then averaged over the steps.
 template <backend B = cpu>
 struct importance_args {
-  view<const float, 4, B> draft_weights;       ///< [steps, draft layers, q_heads, capacity]
-  view<const std::int32_t, 1, B> row_lengths;  ///< [steps] entries of a row: prefix plus that step's tail
-  view<const float, 2, B> history;             ///< [groups, capacity] the target's own, unit mass; empty: none
+  view<const float, 4, B> draft_weights;  ///< [steps, draft layers, q_heads, capacity]
+  view<const float, 3, B> masses;         ///< [steps, draft layers, q_heads] what a row sums to over the prefix
+  view<const float, 2, B> history;        ///< [groups, capacity] the target's own, unit mass; empty: none
   std::int32_t kv_len = 0;
   bool separate_steps = false;  ///< a row for each step instead of their mean
   view<float, 4, B> out;        ///< [target layers, kv_heads, 1 or steps, kv_len]
@@ -83,8 +83,10 @@ void mix_importance(context<B>& ctx, const sparse_mixture& mixture, const import
       args.draft_weights.extent(1) == signals.draft_layers && args.draft_weights.extent(2) == signals.draft_q_heads,
       "importance: weights of ", args.draft_weights.extent(1), " draft layers × ", args.draft_weights.extent(2),
       " heads, the mixture is over ", signals.draft_layers, " × ", signals.draft_q_heads);
-  detail::expects(steps >= 1 && args.row_lengths.extent(0) == steps, "importance: ", args.row_lengths.extent(0),
-                  " row_lengths for ", steps, " steps");
+  detail::expects(steps >= 1 && args.masses.extent(0) == steps && args.masses.extent(1) == signals.draft_layers &&
+                      args.masses.extent(2) == signals.draft_q_heads,
+                  "importance: masses of [", args.masses.extent(0), ", ", args.masses.extent(1), ", ",
+                  args.masses.extent(2), "] for weights of ", steps, " steps");
   const std::ptrdiff_t rows = args.separate_steps ? steps : 1;
   detail::expects(args.out.extent(1) == mixture.kv_heads &&
                       args.out.extent(0) * mixture.kv_heads == mixture.groups() && args.out.extent(2) == rows &&

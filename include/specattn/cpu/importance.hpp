@@ -46,19 +46,12 @@ struct importance_impl<cpu> {
   }
 
  private:
-  /// scales[step, head] = 1 / mass that the row has on the prefix; 0 for a row with none.
+  /// scales[step, head] = 1 / mass of the row; 0 for a row with none.
   static void prefix_scales(const importance_args<cpu>& args, float* scales) {
-    for (std::ptrdiff_t step = 0; step < args.draft_weights.extent(0); ++step) {
-      for (std::ptrdiff_t layer = 0; layer < args.draft_weights.extent(1); ++layer) {
-        for (std::ptrdiff_t head = 0; head < args.draft_weights.extent(2); ++head) {
-          const float* row = &args.draft_weights(step, layer, head, 0);
-          float tail = 0.0f;
-          for (std::int32_t i = args.kv_len; i < args.row_lengths[step]; ++i) tail += row[i];
-          float mass = 1.0f - tail;
-          if (mass < 1e-2f) {  // the difference has lost its digits
-            mass = 0.0f;
-            for (std::int32_t i = 0; i < args.kv_len; ++i) mass += row[i];
-          }
+    for (std::ptrdiff_t step = 0; step < args.masses.extent(0); ++step) {
+      for (std::ptrdiff_t layer = 0; layer < args.masses.extent(1); ++layer) {
+        for (std::ptrdiff_t head = 0; head < args.masses.extent(2); ++head) {
+          const float mass = args.masses(step, layer, head);
           *scales++ = mass > 0.0f ? 1.0f / mass : 0.0f;
         }
       }
