@@ -212,11 +212,15 @@ inline alignment load_alignment(const std::string& path) {
        in.read(part, sizeof part), in.gcount() > 0 && text.size() <= detail::largest_alignment_bytes;) {
     text.append(part, static_cast<std::size_t>(in.gcount()));
   }
+#if defined(__cpp_exceptions)
   try {
     return from_json_text(text);
   } catch (const contract_error& error) {
     detail::raise<contract_error>("'" + path + "': " + error.what());
   }
+#else
+  return from_json_text(text);  // the message lacks the file's name: nothing can be caught to add it
+#endif
 }
 
 /// The same, and refuses an alignment made for other models.
