@@ -67,8 +67,8 @@ class draft_guide : public idle_guide {
 
   std::size_t workspace_bytes(const context<B>& ctx) const {
     return (std::max)(
-        importance_workspace_bytes(ctx, mixture_, steps_),
-        select_workspace_bytes(ctx, std::ptrdiff_t{max_sequences_} * groups_, max_rows_, max_positions_, rule_));
+        {importance_workspace_bytes(ctx, mixture_, steps_), history_bytes(ctx),
+         select_workspace_bytes(ctx, std::ptrdiff_t{max_sequences_} * groups_, max_rows_, max_positions_, rule_)});
   }
 
   template <storage T>
@@ -94,8 +94,10 @@ class draft_guide : public idle_guide {
   template <storage T>
   void after_verify(context<B>& ctx, round_state<T, B>& round) {
     if (!mixture_.signals.history) return;
-    ctx.parallel_for(std::ptrdiff_t{round.sequences()} * groups_, [&](std::ptrdiff_t i, int) {
-      remember(round, static_cast<std::int32_t>(i / groups_), static_cast<std::int32_t>(i % groups_));
+    float* sums = reinterpret_cast<float*>(ctx.workspace(history_bytes(ctx), "draft_guide"));
+    ctx.parallel_for(std::ptrdiff_t{round.sequences()} * groups_, [&](std::ptrdiff_t i, int member) {
+      remember(round, static_cast<std::int32_t>(i / groups_), static_cast<std::int32_t>(i % groups_),
+               sums + std::ptrdiff_t{member} * max_positions_);
     });
     for (std::int32_t s = 0; s < round.sequences(); ++s) {
       history_valid_[static_cast<std::size_t>(round.cache_rows[static_cast<std::size_t>(s)])] = 1;
@@ -108,6 +110,11 @@ class draft_guide : public idle_guide {
   }
 
  private:
+  /// Of the sums that become history, a row for each member of the team.
+  std::size_t history_bytes(const context<B>& ctx) const {
+    return static_cast<std::size_t>(ctx.threads()) * static_cast<std::size_t>(max_positions_) * sizeof(float);
+  }
+
   template <storage T>
   static std::int32_t steps_of(const round_state<T, B>& round, std::int32_t s) {
     return round.draft_steps.empty() ? 0 : round.draft_steps[static_cast<std::size_t>(s)];
@@ -162,7 +169,7 @@ class draft_guide : public idle_guide {
   }
 
   template <storage T>
-  void remember(const round_state<T, B>& round, std::int32_t s, std::int32_t g) {
+  void remember(const round_state<T, B>& round, std::int32_t s, std::int32_t g, float* sums) {
     const std::int32_t kv_len = round.kv_lens[static_cast<std::size_t>(s)];
     const std::int32_t first_slot = round.slot_offsets[static_cast<std::size_t>(s)];
     const std::int32_t begin = round.replayed[static_cast<std::size_t>(s)];
@@ -173,18 +180,32 @@ class draft_guide : public idle_guide {
     const std::ptrdiff_t group = round.group(layer, s, head);
     const std::int32_t count = round.kept.counts[group];
     const std::int32_t attended = count == keep_all ? kv_len : count;
+    sum_rows(round, layer, first_slot + begin, used, head * heads_a_group, heads_a_group, attended + begin, sums);
+
     float* out = &history_of(round.cache_rows[static_cast<std::size_t>(s)])(g, 0);
-    std::fill(out, out + (std::min)(kv_len + begin + used, max_positions_), 0.0f);
-    const float share = 1.0f / static_cast<float>(used * heads_a_group);
-    for (std::int32_t slot = begin; slot < begin + used; ++slot) {
-      for (std::int32_t q = head * heads_a_group; q < (head + 1) * heads_a_group; ++q) {
-        const float* row = &round.target_weights(layer, first_slot + slot, q, 0);
-        for (std::int32_t i = 0; i < attended; ++i) {
-          out[count == keep_all ? i : round.kept.positions(group, i)] += share * row[i];
-        }
-        for (std::int32_t i = 0; i <= slot; ++i) out[kv_len + i] += share * row[attended + i];
+    if (count == keep_all) {
+      std::copy_n(sums, kv_len, out);
+    } else {
+      std::fill_n(out, kv_len, 0.0f);
+      for (std::int32_t i = 0; i < count; ++i) out[round.kept.positions(group, i)] = sums[i];
+    }
+    std::copy(sums + attended, sums + attended + begin + used, out + kv_len);
+  }
+
+  /// sums[i] = the mean over `used` slots and a group's heads of entry i of their recorded rows: what they attended
+  /// to of the prefix (and of replayed slots), then the tail, of which the j-th slot has j + 1 entries.
+  template <storage T>
+  static void sum_rows(const round_state<T, B>& round, std::int32_t layer, std::int32_t first_slot, std::int32_t used,
+                       std::int32_t first_head, std::int32_t heads, std::int32_t attended, float* sums) {
+    std::fill_n(sums, attended + used, 0.0f);
+    for (std::int32_t j = 0; j < used; ++j) {
+      for (std::int32_t q = first_head; q < first_head + heads; ++q) {
+        const float* row = &round.target_weights(layer, first_slot + j, q, 0);
+        for (std::int32_t i = 0; i < attended + j + 1; ++i) sums[i] += row[i];
       }
     }
+    const float share = 1.0f / static_cast<float>(used * heads);
+    for (std::int32_t i = 0; i < attended + used; ++i) sums[i] *= share;
   }
 
   selection_rule rule_;

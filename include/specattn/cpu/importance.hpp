@@ -7,12 +7,15 @@
 
 #include "../importance.hpp"
 #include "context.hpp"
+#include "lanes.hpp"
 
 namespace specattn::inline v0_1::detail {
 
 template <>
 struct importance_impl<cpu> {
   static constexpr std::int32_t tile = 256;  // 16 draft heads × 256 floats fill half of a 32 KB L1 cache
+  static constexpr std::int32_t strip_lanes = 4;
+  static constexpr std::int32_t strip = strip_lanes * lanes::width;  // positions whose sums stay in registers
 
   static std::size_t workspace_bytes(const context<cpu>& ctx, const sparse_mixture& mixture, std::ptrdiff_t steps) {
     const auto heads = static_cast<std::size_t>(mixture.signals.draft_heads());
@@ -82,39 +85,53 @@ struct importance_impl<cpu> {
                   std::int32_t out_row, std::int32_t begin, std::int32_t length) {
     for (std::int32_t g = 0; g < mixture.groups(); ++g) {
       float* out = &args.out(g / mixture.kv_heads, g % mixture.kv_heads, out_row, begin);
-      for (std::int32_t i = 0; i < length; ++i) out[i] = 0.0f;
-      for (std::int32_t t = mixture.first[static_cast<std::size_t>(g)];
-           t < mixture.first[static_cast<std::size_t>(g) + 1]; ++t) {
-        add_term(mixture, mixture.terms[static_cast<std::size_t>(t)], args, combined, g, begin, length, out);
+      const auto* terms = mixture.terms.data() + mixture.first[static_cast<std::size_t>(g)];
+      const auto* end = mixture.terms.data() + mixture.first[static_cast<std::size_t>(g) + 1];
+      const float* history = args.history.empty() ? nullptr : &args.history(g, begin);
+      const auto row_of = [&](const sparse_mixture::term& term) -> const float* {
+        if (term.signal < mixture.signals.draft_heads()) return combined + std::ptrdiff_t{term.signal} * tile;
+        return is_history(mixture.signals, term.signal) ? history : nullptr;
+      };
+      std::int32_t i = 0;
+      for (; i + strip <= length; i += strip) {
+        lanes sums[strip_lanes];
+        for (lanes& sum : sums) sum = lanes::zero();
+        for (const auto* term = terms; term != end; ++term) {
+          const float* row = row_of(*term);
+          if (row == nullptr) continue;
+          const lanes coefficient = lanes::broadcast(term->coefficient);
+          for (std::int32_t j = 0; j < strip_lanes; ++j)
+            sums[j] = fmadd(coefficient, lanes::load(row + i + j * lanes::width), sums[j]);
+        }
+        for (std::int32_t j = 0; j < strip_lanes; ++j) sums[j].store(out + i + j * lanes::width);
       }
+      for (; i < length; ++i) {
+        out[i] = 0.0f;
+        for (const auto* term = terms; term != end; ++term) {
+          if (const float* row = row_of(*term)) out[i] += term->coefficient * row[i];
+        }
+      }
+      for (const auto* term = terms; term != end; ++term)
+        add_uniform(mixture.signals, *term, args.kv_len, begin, length, out);
     }
   }
 
-  static void add_term(const sparse_mixture& mixture, sparse_mixture::term term, const importance_args<cpu>& args,
-                       const float* combined, std::int32_t group, std::int32_t begin, std::int32_t length,
-                       float* out) {
-    const signal_set& signals = mixture.signals;
-    std::int32_t signal = term.signal;
-    if (signal < signals.draft_heads()) {
-      const float* row = combined + std::ptrdiff_t{signal} * tile;
-      for (std::int32_t i = 0; i < length; ++i) out[i] += term.coefficient * row[i];
-      return;
-    }
-    signal -= signals.draft_heads();
-    if (signal < static_cast<std::int32_t>(signals.windows.size())) {
-      const std::int32_t window = (std::min)(signals.windows[static_cast<std::size_t>(signal)], args.kv_len);
-      add_range(args.kv_len - window, args.kv_len, term.coefficient / static_cast<float>(window), begin, length, out);
-      return;
-    }
-    signal -= static_cast<std::int32_t>(signals.windows.size());
-    if (signals.sinks > 0 && signal == 0) {
-      const std::int32_t sinks = (std::min)(signals.sinks, args.kv_len);
-      add_range(0, sinks, term.coefficient / static_cast<float>(sinks), begin, length, out);
-      return;
-    }
-    if (args.history.empty()) return;
-    const float* row = &args.history(group, begin);
-    for (std::int32_t i = 0; i < length; ++i) out[i] += term.coefficient * row[i];
+  /// Signals are ordered draft heads, windows, sinks, history.
+  static bool is_history(const signal_set& signals, std::int32_t signal) {
+    return signal ==
+           signals.draft_heads() + static_cast<std::int32_t>(signals.windows.size()) + (signals.sinks > 0 ? 1 : 0);
+  }
+
+  /// Adds a recency window or the sinks, whose weights are all the same; does nothing for other signals.
+  static void add_uniform(const signal_set& signals, sparse_mixture::term term, std::int32_t kv_len,
+                          std::int32_t begin, std::int32_t length, float* out) {
+    const std::int32_t signal = term.signal - signals.draft_heads();
+    if (signal < 0 || is_history(signals, term.signal)) return;
+    const auto windows = static_cast<std::int32_t>(signals.windows.size());
+    const std::int32_t asked = signal < windows ? signals.windows[static_cast<std::size_t>(signal)] : signals.sinks;
+    const std::int32_t count = (std::min)(asked, kv_len);
+    const std::int32_t from = signal < windows ? kv_len - count : 0;
+    add_range(from, from + count, term.coefficient / static_cast<float>(count), begin, length, out);
   }
 
   /// Adds `value` at positions [from, to) that fall into the tile at `begin`.

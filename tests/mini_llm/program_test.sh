@@ -1,0 +1,100 @@
+#!/usr/bin/env bash
+# The program as a user meets it: exit codes, what goes to stdout and what to stderr, and that bad input is named.
+#   program_test.sh PROGRAM SOURCE_DIR
+set -uo pipefail
+program=$1
+models=$2/examples/models
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+out=$scratch/out
+err=$scratch/err
+failures=0
+
+fail() {
+  failures=$((failures + 1))
+  echo "FAILED: $1"
+  echo "  stdout: $(head -c 300 "$out")"
+  echo "  stderr: $(tail -c 600 "$err")"
+}
+
+# succeeds CLAIM ARGUMENTS...: exit code 0.
+succeeds() {
+  local claim=$1
+  shift
+  "$program" "$@" >"$out" 2>"$err" </dev/null || fail "$claim"
+}
+
+# refuses CLAIM PATTERN ARGUMENTS...: exit code 1, nothing on stdout, and a message that matches the pattern.
+refuses() {
+  local claim=$1 pattern=$2 status=0
+  shift 2
+  "$program" "$@" >"$out" 2>"$err" </dev/null || status=$?
+  [[ $status -eq 1 && ! -s $out ]] && grep -qE -- "$pattern" "$err" || fail "$claim (exit code $status)"
+}
+
+# A copy of a model's directory that can be damaged.
+copy_of() {
+  local copy
+  copy=$(mktemp -d -p "$scratch")
+  cp -r "$models/$1/." "$copy"
+  echo "$copy"
+}
+
+short=(-p "The old house stood" -n 12 --temp 0)
+
+succeeds "generate writes its text to stdout" generate "${short[@]}"
+[[ -s $out ]] || fail "generate writes its text to stdout"
+grep -q "eval time" "$err" || fail "the report goes to stderr"
+text=$(cat "$out")
+
+printf 'The old house stood' | "$program" generate -f - -n 12 --temp 0 >"$out" 2>"$err" || fail "a prompt from stdin"
+[[ $(cat "$out") == "$text" ]] || fail "a prompt from stdin gives the text that the same prompt as an argument gives"
+
+succeeds "the guide none" generate "${short[@]}" --guide none --draft 0
+exact=$(cat "$out")
+succeeds "keeping everything" generate "${short[@]}" --keep 1 --draft 4 --sparse-draft
+[[ $(cat "$out") == "$exact" ]] || fail "with --keep 1 the greedy text is the exact one"
+
+succeeds "an empty prompt: the text begins with the begin token" generate -p "" -n 4
+succeeds "generate --json" generate "${short[@]}" --json
+grep -q '"text"' "$out" || fail "--json writes one object with the text in it"
+succeeds "--version" --version
+succeeds "--help" --help
+
+refuses "an unknown flag" "no-such-flag" generate --no-such-flag
+refuses "a number out of range" "draft.*16" generate --draft 16
+refuses "a model directory that is not there" "nowhere" generate -m "$scratch/nowhere"
+refuses "a prompt file that is not there" "missing.txt" generate -f "$scratch/missing.txt"
+refuses "a context over the model's" "8192.*4096" generate "${short[@]}" -c 8192
+refuses "a prompt over the context" "3760.*256" generate -c 256
+refuses "a guide that is not there" "psychic" generate "${short[@]}" --guide psychic
+refuses "a depth over the context" "100000.*4095" bench -d 100000
+
+copy=$(copy_of books-7m)
+size=$(stat -c %s "$copy/model.safetensors")
+truncate -s $((size / 2)) "$copy/model.safetensors"
+refuses "truncated weights" "model.safetensors" generate -m "$copy" "${short[@]}"
+
+copy=$(copy_of books-7m)
+printf '\xc0\x7f' | dd of="$copy/model.safetensors" bs=1 seek=$((size - 2)) conv=notrunc status=none # a bf16 NaN
+refuses "NaN weights, with the tensor's name" "NaN.*model\.|model\..*NaN" generate -m "$copy" "${short[@]}"
+
+copy=$(copy_of books-1m)
+sed -i 's/"A":/"swapped":/; s/"B":/"A":/; s/"swapped":/"B":/' "$copy/tokenizer.json" # the ids of two letters
+refuses "a draft of another vocabulary" "vocabular.*\"(A|B)\"" generate --md "$copy" "${short[@]}"
+
+sed '0,/"weights":/s/"weights": *"[0-9]*"/"weights": "1"/' "$models/alignment.json" >"$scratch/other.json"
+refuses "an alignment that was made for other weights" "other.json|weights" generate "${short[@]}" --alignment "$scratch/other.json"
+head -c 1000 "$models/alignment.json" >"$scratch/cut.json"
+refuses "a truncated alignment" "cut.json" generate "${short[@]}" --alignment "$scratch/cut.json"
+refuses "a text that is too short to score" "tokens" perplexity -f /dev/null
+
+if [[ -w /dev/full ]]; then
+  status=0
+  "$program" generate "${short[@]}" >/dev/full 2>"$err" || status=$?
+  [[ $status -eq 1 ]] && grep -q "could not be written" "$err" || fail "a full disk behind stdout (exit code $status)"
+fi
+refuses "an output that cannot be written" "none/such" calibrate --tokens 256 -o "$scratch/none/such"
+
+[[ $failures -eq 0 ]] && echo "all passed"
+exit $((failures > 0))
