@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <memory>
 #include <ostream>
+#include <utility>
 
 namespace mini_llm {
 namespace {
@@ -32,70 +34,100 @@ run_result decode_once(engine& decoder, std::int32_t row, specattn::decode_reque
   return result;
 }
 
-run_result decode_median(engine& decoder, std::int32_t row, const specattn::decode_request& request,
-                         std::int32_t draft_length) {
-  std::vector<run_result> runs;
-  for (int i = 0; i < repeats; ++i) runs.push_back(decode_once(decoder, row, request, draft_length));
+run_result median(std::vector<run_result> runs) {
   std::sort(runs.begin(), runs.end(),
             [](const run_result& a, const run_result& b) { return a.decode_seconds < b.decode_seconds; });
-  return runs[repeats / 2];
+  return runs[runs.size() / 2];
 }
 
-comparison::system sweep(std::string name, std::string guarantee, engine& decoder, std::int32_t row,
-                         const specattn::decode_request& request, std::int32_t from, std::int32_t to) {
-  comparison::system system{std::move(name), std::move(guarantee), {}, {}};
-  for (std::int32_t length = from; length <= to; ++length) {
-    system.tried.push_back(decode_median(decoder, row, request, length));
+void add(run_result& sum, const run_result& run) {
+  sum.decode_seconds += run.decode_seconds;
+  sum.counts += run.counts;
+  sum.trace += run.trace;
+}
+
+/// A system with the prompt in its caches.
+struct contender {
+  comparison::system* system;
+  std::unique_ptr<engine> decoder;
+  std::int32_t row;
+
+  contender(comparison::system& of, const session& made, const guide_choice& guide,
+            const specattn::decode_options& options, const specattn::decode_request& request)
+      : system(&of), decoder(made.make(guide, options)) {
+    row = decoder->add(request, [](std::int32_t, std::int32_t) {});
+    decode_once(*decoder, row, request, of.shortest);  // warm-up
   }
-  system.best = *std::max_element(system.tried.begin(), system.tried.end(), [](const auto& a, const auto& b) {
-    return a.tokens_per_second() < b.tokens_per_second();
-  });
-  return system;
+
+  /// Tries every draft length on one text.
+  void sweep(const specattn::decode_request& request) {
+    for (std::int32_t length = system->shortest; length <= system->longest; ++length) {
+      std::vector<run_result> runs;
+      for (int i = 0; i < repeats; ++i) runs.push_back(decode_once(*decoder, row, request, length));
+      system->tried.push_back(median(std::move(runs)));
+    }
+    const auto fastest =
+        std::max_element(system->tried.begin(), system->tried.end(),
+                         [](const auto& a, const auto& b) { return a.tokens_per_second() < b.tokens_per_second(); });
+    system->best.prompt_tokens = fastest->prompt_tokens;
+    system->best.draft_length = fastest->draft_length;
+  }
+};
+
+/// The systems take turns, so that a disturbance of the machine meets all of them; a text is one seed.
+void contest(std::vector<contender>& contenders, specattn::decode_request request) {
+  for (int text = 0; text < comparison::texts; ++text, ++request.sampler.seed) {
+    std::vector<std::vector<run_result>> runs(contenders.size());
+    for (int i = 0; i < repeats; ++i) {
+      for (std::size_t c = 0; c < contenders.size(); ++c) {
+        contender& each = contenders[c];
+        runs[c].push_back(decode_once(*each.decoder, each.row, request, each.system->best.draft_length));
+      }
+    }
+    for (std::size_t c = 0; c < contenders.size(); ++c) add(contenders[c].system->best, median(std::move(runs[c])));
+  }
 }
 
 }  // namespace
 
 comparison compare_systems(const session& made, const specattn::decode_request& request) {
   comparison table;
+  table.systems.reserve(4);  // contenders point into it
+  std::vector<contender> contenders;
+  const auto enter = [&](std::string name, std::string guarantee, const guide_choice& guide,
+                         const specattn::decode_options& options) {
+    const bool drafts = options.draft_length > 0;
+    table.systems.push_back({std::move(name), std::move(guarantee), drafts ? 1 : 0, options.draft_length, {}, {}});
+    contenders.emplace_back(table.systems.back(), made, guide, options, request);
+    contenders.back().sweep(request);
+  };
+  guide_choice dense;
+  dense.kind = guide_kind::none;
   specattn::decode_options options = made.decode;
   options.refresh_every = 0;
   options.sparse_draft = false;
-  options.draft_length = made.draft ? longest_draft : 0;
-  guide_choice dense;
-  dense.kind = guide_kind::none;
-  const auto progress = [](std::int32_t, std::int32_t) {};
-  {
-    const auto decoder = made.make(dense, options);
-    const std::int32_t row = decoder->add(request, progress);
-    decode_once(*decoder, row, request, 0);  // warm-up
-    table.systems.push_back(sweep("autoregressive", "exact", *decoder, row, request, 0, 0));
-    if (!made.draft) return table;
-    table.systems.push_back(sweep("dense speculation", "exact", *decoder, row, request, 1, longest_draft));
+  options.draft_length = 0;
+  enter("autoregressive", "exact", dense, options);
+  if (made.draft) {
+    options.draft_length = longest_draft;
+    enter("dense speculation", "exact", dense, options);
+    if (made.guide.kind != guide_kind::none) {
+      options.sparse_draft = true;
+      options.record_steps = 1;
+      enter("dense verify, sparse draft", "lossless", dense, options);
+      options = made.decode;
+      options.draft_length = longest_draft;
+      enter("SpecAttn (" + std::string(name_of(made.guide.kind)) + ")", "approximate", made.guide, options);
+    }
   }
-  if (made.guide.kind == guide_kind::none) return table;
-  options = made.decode;
-  options.draft_length = longest_draft;
-  {
-    options.sparse_draft = true;
-    options.record_steps = 1;
-    const auto decoder = made.make(dense, options);
-    const std::int32_t row = decoder->add(request, progress);
-    table.systems.push_back(
-        sweep("dense verify, sparse draft", "lossless", *decoder, row, request, 1, longest_draft));
-  }
-  options.sparse_draft = made.decode.sparse_draft;
-  options.record_steps = made.decode.record_steps;
-  const auto decoder = made.make(made.guide, options);
-  const std::int32_t row = decoder->add(request, progress);
-  table.systems.push_back(sweep("SpecAttn (" + std::string(name_of(made.guide.kind)) + ")", "approximate", *decoder,
-                                row, request, 1, longest_draft));
+  contest(contenders, request);
   return table;
 }
 
 void print_comparison(std::ostream& out, const comparison& table) {
   char line[256];
-  out << "\nthe same prompt and length, each system at its own best draft length (median of " << repeats
-      << " runs):\n";
+  out << "\nthe same prompt and length, each system at its own best draft length, over " << comparison::texts
+      << " texts (seeds), the systems\ntaking turns, each text's median of " << repeats << " runs:\n";
   std::snprintf(line, sizeof line, "%-28s %-12s %6s %9s %9s %11s %10s %8s %10s\n", "system", "text is", "draft",
                 "tok/s", "against", "acceptance", "tok/round", "KV read", "selecting");
   out << line;

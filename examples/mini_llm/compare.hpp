@@ -17,15 +17,17 @@ namespace mini_llm {
 struct comparison {
   struct system {
     std::string name;
-    std::string guarantee;  ///< what its text is worth
-    run_result best;        ///< at its best draft length
-    std::vector<run_result> tried;
+    std::string guarantee;           ///< what its text is worth
+    std::int32_t shortest, longest;  ///< draft lengths to try
+    run_result best;                 ///< at its best draft length, all texts together
+    std::vector<run_result> tried;   ///< each draft length on the first text
   };
+  static constexpr int texts = 5;
   std::vector<system> systems;  ///< autoregressive, dense speculation, dense with a sparse draft, guided
 };
 
-/// Decodes `request` with every system, draft lengths 1 … 8, three times each (the median by decode time counts).
-/// Prompts are prefilled once for the dense systems and once for the guided one.
+/// Finds each system's best draft length on the first text (1 … 8, three runs each, the median by decode time), then
+/// lets the systems take turns over five texts, seeds seed … seed + 4. Each system prefills the prompt once.
 comparison compare_systems(const session& made, const specattn::decode_request& request);
 
 void print_comparison(std::ostream& out, const comparison& table);

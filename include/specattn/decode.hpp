@@ -3,7 +3,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
@@ -12,7 +11,9 @@
 #include <vector>
 
 #include "attention_pass.hpp"
+#include "decode_memory.hpp"
 #include "decode_options.hpp"
+#include "decode_round.hpp"
 #include "decode_state.hpp"
 #include "drafter.hpp"
 #include "guide.hpp"
@@ -29,26 +30,6 @@ struct no_draft {
   template <class Context, class Attention, class Logits>
   void forward(Context&, const forward_batch&, Attention&, Logits) {}
 };
-
-/// Bytes a decoder of these models and options allocates besides the guide's own and the context's workspace.
-template <storage T, backend B = cpu>
-decode_memory decoder_bytes(const model_shape& target, const model_shape& draft, const decode_options& options,
-                            guide_needs needs) {
-  const detail::decode_sizes sizes(target, draft, options);
-  const auto vocab = static_cast<std::size_t>(target.vocab);
-  decode_memory memory;
-  memory.target_cache = kv_cache<T, B>::bytes(sizes.target_cache);
-  memory.selections = selection<B>::bytes(sizes.target_groups, sizes.positions);
-  memory.logits = static_cast<std::size_t>(sizes.judged) * 2 * vocab * sizeof(float);
-  if (needs.target_weights) memory.recordings += sizes.target_weights * sizeof(float);
-  if (options.draft_length > 0) {
-    memory.draft_cache = kv_cache<T, B>::bytes(sizes.draft_cache);
-    memory.logits += static_cast<std::size_t>(sizes.sequences) * vocab * sizeof(float);
-    if (needs.draft_weights || options.sparse_draft) memory.recordings += sizes.draft_weights * sizeof(float);
-    if (options.sparse_draft) memory.selections += selection<B>::bytes(sizes.draft_groups, sizes.positions);
-  }
-  return memory;
-}
 
 /// Decodes with a target, a draft and a guide that the caller owns; the decoder owns both caches.
 ///
@@ -86,7 +67,7 @@ class decoder {
   /// \throws contract_error when no row is free, the prompt is empty, too long, or holds a token outside the vocab
   template <class Progress>
   std::int32_t add(const decode_request& request, Progress&& progress) {
-    check_tokens(request.prompt, "decode: the prompt");
+    detail::check_tokens(request.prompt, "decode: the prompt", sizes_.positions, shape_.vocab);
     const auto length = static_cast<std::int32_t>(request.prompt.size());
     std::int32_t row = 0;
     while (row < sizes_.sequences && sequences_[static_cast<std::size_t>(row)].active) ++row;
@@ -94,7 +75,7 @@ class decoder {
     detail::sequence_state& seq = at(row);
     seq.text.assign(request.prompt.begin(), request.prompt.end());
     seq.prompt_length = length;
-    begin(seq, request);
+    detail::begin(seq, request, options_);
     for (std::int32_t from = 0; from < length - 1; from += options_.prefill_chunk) {
       const std::int32_t to = (std::min)(from + options_.prefill_chunk, length - 1);
       prefill(*target_, cache_, shape_.vocab, row, from, to);
@@ -119,7 +100,7 @@ class decoder {
     cache_.roll_back(row, cached);
     if (drafter_) drafter_->cache().roll_back(row, (std::min)(drafter_->cache().length(row), cached));
     guide_->forget(row);
-    begin(seq, request);
+    detail::begin(seq, request, options_);
     seq.exact_length = cached;
   }
 
@@ -168,7 +149,7 @@ class decoder {
   /// Writes -log p (natural) of every token from `prefill` on to `loss` [tokens - prefill]. No sequence may be
   /// running.
   decode_counts score(std::span<const std::int32_t> tokens, std::int32_t prefill, std::span<float> loss) {
-    check_tokens(tokens, "score: the text");
+    detail::check_tokens(tokens, "score: the text", sizes_.positions, shape_.vocab);
     const auto length = static_cast<std::int32_t>(tokens.size());
     detail::expects(prefill >= 1 && prefill < length, "score: prefill ", prefill, " is outside 1 … ", length - 1);
     detail::expects(static_cast<std::int32_t>(loss.size()) == length - prefill, "score: ", loss.size(),
@@ -216,28 +197,6 @@ class decoder {
   }
   detail::sequence_state& in_batch(std::int32_t s) {
     return sequences_[static_cast<std::size_t>(batch_.rows.data()[s])];
-  }
-
-  void check_tokens(std::span<const std::int32_t> tokens, const char* what) const {
-    detail::expects(!tokens.empty(), what, " is empty; give at least one token");
-    detail::expects(tokens.size() <= static_cast<std::size_t>(sizes_.positions), what, " has ", tokens.size(),
-                    " tokens, the context holds ", sizes_.positions);
-    for (std::size_t i = 0; i < tokens.size(); ++i) {
-      detail::expects(tokens[i] >= 0 && tokens[i] < shape_.vocab, what, " has token ", tokens[i], " at ", i,
-                      ", outside a vocab of ", shape_.vocab);
-    }
-  }
-
-  void begin(detail::sequence_state& seq, const decode_request& request) {
-    detail::expects(request.draft_length <= options_.draft_length, "decode: a request's draft_length ",
-                    request.draft_length, " is over the options' ", options_.draft_length);
-    seq.stop_tokens.assign(request.stop_tokens.begin(), request.stop_tokens.end());
-    seq.max_new_tokens = request.max_new_tokens;
-    seq.draft_length = request.draft_length < 0 ? options_.draft_length : request.draft_length;
-    seq.sampler = request.sampler;
-    seq.rounds_since_refresh = 0;
-    seq.counts = {};
-    seq.finish = request.max_new_tokens > 0 ? finish_reason::running : finish_reason::length;
   }
 
   void allocate(std::int32_t slots) {
@@ -402,13 +361,9 @@ class decoder {
     const std::size_t length = seq.text.size();
     const std::int32_t drafted = batch_.draft_length(0);
     for (std::int32_t i = 0; i <= drafted; ++i) {
-      const float* row = logits_.data() + std::ptrdiff_t{i} * shape_.vocab;
       const std::size_t position = length + static_cast<std::size_t>(i);
-      const float max = *std::max_element(row, row + shape_.vocab);
-      double sum = 0.0;
-      for (std::int32_t v = 0; v < shape_.vocab; ++v) sum += std::exp(static_cast<double>(row[v] - max));
-      loss_[position - static_cast<std::size_t>(seq.prompt_length)] =
-          static_cast<float>(std::log(sum) + max - row[batch_.forced[position]]);
+      loss_[position - static_cast<std::size_t>(seq.prompt_length)] = detail::token_loss(
+          logits_.data() + std::ptrdiff_t{i} * shape_.vocab, shape_.vocab, batch_.forced[position]);
     }
     accepted_.data()[0] = drafted;
     next_.data()[0] = batch_.forced[length + static_cast<std::size_t>(drafted)];
@@ -418,77 +373,36 @@ class decoder {
     return pass_.slot_offsets.data()[s + 1] - pass_.slot_offsets.data()[s];
   }
 
-  /// Rows the verify pass read for one sequence, and rows a dense pass over the judged slots would have read.
+  /// Notes what the verify pass read for one sequence, and which of its rows are exact.
   void count_rows(const round_state<T, B>& state, std::int32_t s) {
-    const std::int32_t kv_len = pass_.kv_lens.data()[s];
-    const std::int32_t slots = slots_of(s);
     detail::sequence_state& seq = in_batch(s);
-    const std::int64_t pairs = std::int64_t{shape_.layers} * shape_.kv_heads;
-    std::int64_t read = 0;
-    bool dense = true;
-    for (std::int32_t layer = 0; layer < shape_.layers; ++layer) {
-      for (std::int32_t h = 0; h < shape_.kv_heads; ++h) {
-        const std::int32_t count = state.kept.counts[state.group(layer, s, h)];
-        dense = dense && count == keep_all;
-        read += (count == keep_all ? kv_len : count + guide_->metadata_rows(kv_len)) + slots;
-      }
-    }
-    seq.counts.kv_rows_read += read;
-    seq.counts.kv_rows_dense += pairs * (kv_len + slots);
-    seq.counts.dense_rounds += dense;
-    seq.counts.refreshed += replayed_.data()[s] > 0;
-    trace_.counts.kv_rows_read += read;
-    trace_.counts.kv_rows_dense += pairs * (kv_len + slots);
-    trace_.counts.dense_rounds += dense;
-    trace_.counts.refreshed += replayed_.data()[s] > 0;
-    if (dense && kv_len <= seq.exact_length) seq.exact_length = kv_len + slots;  // cut back by settle()
-    seq.rounds_since_refresh = replayed_.data()[s] > 0 ? 0 : seq.rounds_since_refresh + 1;
+    const std::int32_t kv_len = pass_.kv_lens.data()[s];
+    const decode_counts rows = detail::rows_read(state, s, slots_of(s), guide_->metadata_rows(kv_len));
+    seq.counts += rows;
+    trace_.counts += rows;
+    if (rows.dense_rounds > 0 && kv_len <= seq.exact_length)
+      seq.exact_length = kv_len + slots_of(s);  // cut in settle()
+    seq.rounds_since_refresh = rows.refreshed > 0 ? 0 : seq.rounds_since_refresh + 1;
   }
 
-  /// Appends what was decided, cuts it at a stop or the limit, rolls both caches back, tells the caller.
+  /// Appends what was decided, rolls both caches back, tells the caller.
   template <class OnTokens>
   bool settle(std::int32_t s, OnTokens& on_tokens) {
     detail::sequence_state& seq = in_batch(s);
     const std::int32_t row = batch_.rows.data()[s];
-    const std::int32_t accepted = accepted_.data()[s];
-    const std::int32_t drafted = batch_.draft_length(s);
     const auto before = static_cast<std::int32_t>(seq.text.size());
-    detail::expects(next_.data()[s] != no_token, "decode: the target's logits for position ", before + accepted,
-                    " of row ", row, " hold no finite value");
-    for (std::int32_t i = 0; i <= accepted && seq.finish == finish_reason::running; ++i) {
-      const std::int32_t token = i < accepted ? batch_.drafted.data()[batch_.first_drafted(s) + i] : next_.data()[s];
-      seq.text.push_back(token);
-      if (std::find(seq.stop_tokens.begin(), seq.stop_tokens.end(), token) != seq.stop_tokens.end()) {
-        seq.finish = finish_reason::stop_token;
-      } else if (static_cast<std::int32_t>(seq.text.size()) - seq.prompt_length >= seq.max_new_tokens) {
-        seq.finish = finish_reason::length;
-      }
-    }
+    detail::expects(next_.data()[s] != no_token, "decode: the target's logits for position ",
+                    before + accepted_.data()[s], " of row ", row, " hold no finite value");
+    const decode_counts counts = detail::take_tokens(seq, batch_, s, accepted_.data()[s], next_.data()[s]);
+    seq.counts += counts;
+    trace_.counts += counts;
     const auto length = static_cast<std::int32_t>(seq.text.size());
     cache_.roll_back(row, length - 1);
-    if (drafter_) {
-      drafter_->cache().roll_back(row, (std::min)(drafter_->cache().length(row), length - 1));
-    }
+    if (drafter_) drafter_->cache().roll_back(row, (std::min)(drafter_->cache().length(row), length - 1));
     seq.exact_length = (std::min)(seq.exact_length, length - 1);
-    count_decision(seq, drafted, accepted, length - before);
     const std::span<const std::int32_t> emitted(seq.text.data() + before, static_cast<std::size_t>(length - before));
     if (!on_tokens(row, emitted) && seq.finish == finish_reason::running) seq.finish = finish_reason::cancelled;
     return seq.finish == finish_reason::running;
-  }
-
-  void count_decision(detail::sequence_state& seq, std::int32_t drafted, std::int32_t accepted,
-                      std::int32_t emitted) {
-    decode_counts round;
-    round.rounds = 1;
-    round.proposed = drafted;
-    round.accepted = accepted;
-    round.bonus = accepted == drafted;
-    round.corrected = accepted < drafted;
-    round.emitted = emitted;
-    round.discarded = accepted + 1 - emitted;
-    for (std::int32_t i = 0; i < accepted; ++i) ++round.accepted_at[static_cast<std::size_t>(i)];
-    seq.counts += round;
-    trace_.counts += round;
   }
 
   static constexpr bool drafts = !std::same_as<Draft, no_draft>;

@@ -5,7 +5,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <utility>
-#include <vector>
 
 #include "alignment.hpp"
 #include "buffer.hpp"
@@ -58,8 +57,10 @@ class draft_guide : public idle_guide {
     importance_ = buffer<float, B>(static_cast<std::size_t>(max_sequences_ * max_rows_) * cells);
     lengths_ = buffer<std::int32_t, B>(static_cast<std::size_t>(max_sequences_ * groups_));
     if (signals.history) {
-      history_ = buffer<float, B>(static_cast<std::size_t>(max_sequences_) * cells);
-      history_valid_.assign(static_cast<std::size_t>(max_sequences_), 0);
+      history_weights_ = buffer<float, B>(static_cast<std::size_t>(max_sequences_) * cells);
+      history_positions_ = buffer<std::int32_t, B>(static_cast<std::size_t>(max_sequences_) * cells);
+      history_counts_ = buffer<std::int32_t, B>(static_cast<std::size_t>(max_sequences_ * groups_));
+      for (std::int32_t row = 0; row < max_sequences_; ++row) forget(row);
     }
   }
 
@@ -67,7 +68,7 @@ class draft_guide : public idle_guide {
 
   std::size_t workspace_bytes(const context<B>& ctx) const {
     return (std::max)(
-        {importance_workspace_bytes(ctx, mixture_, steps_), history_bytes(ctx),
+        {importance_workspace_bytes(ctx, mixture_, steps_),
          select_workspace_bytes(ctx, std::ptrdiff_t{max_sequences_} * groups_, max_rows_, max_positions_, rule_)});
   }
 
@@ -94,35 +95,20 @@ class draft_guide : public idle_guide {
   template <storage T>
   void after_verify(context<B>& ctx, round_state<T, B>& round) {
     if (!mixture_.signals.history) return;
-    float* sums = reinterpret_cast<float*>(ctx.workspace(history_bytes(ctx), "draft_guide"));
-    ctx.parallel_for(std::ptrdiff_t{round.sequences()} * groups_, [&](std::ptrdiff_t i, int member) {
-      remember(round, static_cast<std::int32_t>(i / groups_), static_cast<std::int32_t>(i % groups_),
-               sums + std::ptrdiff_t{member} * max_positions_);
+    ctx.parallel_for(std::ptrdiff_t{round.sequences()} * groups_, [&](std::ptrdiff_t i, int) {
+      remember(round, static_cast<std::int32_t>(i / groups_), static_cast<std::int32_t>(i % groups_));
     });
-    for (std::int32_t s = 0; s < round.sequences(); ++s) {
-      history_valid_[static_cast<std::size_t>(round.cache_rows[static_cast<std::size_t>(s)])] = 1;
-    }
   }
 
   /// Forgets a cache row's history: its sequence has ended.
   void forget(std::int32_t cache_row) {
-    if (!history_valid_.empty()) history_valid_[static_cast<std::size_t>(cache_row)] = 0;
+    if (!history_counts_.empty()) std::fill_n(history_counts_.data() + cache_row * groups_, groups_, 0);
   }
 
  private:
-  /// Of the sums that become history, a row for each member of the team.
-  std::size_t history_bytes(const context<B>& ctx) const {
-    return static_cast<std::size_t>(ctx.threads()) * static_cast<std::size_t>(max_positions_) * sizeof(float);
-  }
-
   template <storage T>
   static std::int32_t steps_of(const round_state<T, B>& round, std::int32_t s) {
     return round.draft_steps.empty() ? 0 : round.draft_steps[static_cast<std::size_t>(s)];
-  }
-
-  view<float, 2, B> history_of(std::int32_t cache_row) const {
-    const std::ptrdiff_t cells = std::ptrdiff_t{groups_} * max_positions_;
-    return {history_.data() + cache_row * cells, {groups_, max_positions_}};
   }
 
   /// The importance of one sequence, whose groups lie sequences * kv_heads apart from layer to layer.
@@ -144,7 +130,12 @@ class draft_guide : public idle_guide {
                    {masses.stride(0), masses.stride(1), masses.stride(3)}};
     args.kv_len = kv_len;
     args.separate_steps = max_rows_ > 1;
-    if (!history_valid_.empty() && history_valid_[static_cast<std::size_t>(row)] != 0) args.history = history_of(row);
+    if (!history_counts_.empty()) {
+      const std::ptrdiff_t cells = std::ptrdiff_t{groups_} * max_positions_;
+      args.history.weights = {history_weights_.data() + row * cells, {groups_, max_positions_}};
+      args.history.positions = {history_positions_.data() + row * cells, {groups_, max_positions_}};
+      args.history.counts = {history_counts_.data() + row * groups_, {groups_}};
+    }
     const std::ptrdiff_t group_stride = out.stride(0);
     args.out = {out.data() + s * target_kv_heads_ * group_stride,
                 {target_layers_, target_kv_heads_, args.separate_steps ? steps : 1, out.extent(2)},
@@ -169,27 +160,24 @@ class draft_guide : public idle_guide {
   }
 
   template <storage T>
-  void remember(const round_state<T, B>& round, std::int32_t s, std::int32_t g, float* sums) {
+  void remember(const round_state<T, B>& round, std::int32_t s, std::int32_t g) {
     const std::int32_t kv_len = round.kv_lens[static_cast<std::size_t>(s)];
     const std::int32_t first_slot = round.slot_offsets[static_cast<std::size_t>(s)];
     const std::int32_t begin = round.replayed[static_cast<std::size_t>(s)];
     const std::int32_t used = round.accepted[static_cast<std::size_t>(s)] + 1;
-    const std::int32_t layer = g / target_kv_heads_;
     const std::int32_t head = g % target_kv_heads_;
     const auto heads_a_group = static_cast<std::int32_t>(round.target_weights.extent(2)) / target_kv_heads_;
-    const std::ptrdiff_t group = round.group(layer, s, head);
+    const std::ptrdiff_t group = round.group(g / target_kv_heads_, s, head);
     const std::int32_t count = round.kept.counts[group];
     const std::int32_t attended = count == keep_all ? kv_len : count;
-    sum_rows(round, layer, first_slot + begin, used, head * heads_a_group, heads_a_group, attended + begin, sums);
-
-    float* out = &history_of(round.cache_rows[static_cast<std::size_t>(s)])(g, 0);
-    if (count == keep_all) {
-      std::copy_n(sums, kv_len, out);
-    } else {
-      std::fill_n(out, kv_len, 0.0f);
-      for (std::int32_t i = 0; i < count; ++i) out[round.kept.positions(group, i)] = sums[i];
-    }
-    std::copy(sums + attended, sums + attended + begin + used, out + kv_len);
+    const std::ptrdiff_t row = round.cache_rows[static_cast<std::size_t>(s)] * std::ptrdiff_t{groups_} + g;
+    sum_rows(round, g / target_kv_heads_, first_slot + begin, used, head * heads_a_group, heads_a_group,
+             attended + begin, history_weights_.data() + row * max_positions_);
+    history_counts_.data()[row] = count == keep_all ? keep_all : count + begin + used;
+    if (count == keep_all) return;
+    std::int32_t* positions = history_positions_.data() + row * max_positions_;
+    for (std::int32_t i = 0; i < count; ++i) positions[i] = round.kept.positions(group, i);
+    for (std::int32_t i = 0; i < begin + used; ++i) positions[count + i] = kv_len + i;
   }
 
   /// sums[i] = the mean over `used` slots and a group's heads of entry i of their recorded rows: what they attended
@@ -219,8 +207,9 @@ class draft_guide : public idle_guide {
   std::int32_t steps_ = 0;
   buffer<float, B> importance_;
   buffer<std::int32_t, B> lengths_;
-  buffer<float, B> history_;
-  std::vector<std::uint8_t> history_valid_;
+  buffer<float, B> history_weights_;  // [sequences, groups, positions]: attention_history
+  buffer<std::int32_t, B> history_positions_;
+  buffer<std::int32_t, B> history_counts_;
 };
 
 }  // namespace specattn::inline v0_1

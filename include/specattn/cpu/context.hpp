@@ -62,7 +62,7 @@ class context<cpu> {
   void work(int member);
   void serve(int member);
 
-  static constexpr int spins_before_sleep = 20000;  // about 50 us: longer than the gaps inside a forward pass
+  static constexpr int spins_before_sleep = 100000;  // 0.1 to 0.3 ms: longer than sampling between two passes
 
   std::vector<std::thread> workers_;
   buffer<std::byte, cpu> workspace_;

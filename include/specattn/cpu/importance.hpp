@@ -87,10 +87,10 @@ struct importance_impl<cpu> {
       float* out = &args.out(g / mixture.kv_heads, g % mixture.kv_heads, out_row, begin);
       const auto* terms = mixture.terms.data() + mixture.first[static_cast<std::size_t>(g)];
       const auto* end = mixture.terms.data() + mixture.first[static_cast<std::size_t>(g) + 1];
-      const float* history = args.history.empty() ? nullptr : &args.history(g, begin);
       const auto row_of = [&](const sparse_mixture::term& term) -> const float* {
         if (term.signal < mixture.signals.draft_heads()) return combined + std::ptrdiff_t{term.signal} * tile;
-        return is_history(mixture.signals, term.signal) ? history : nullptr;
+        if (!is_history(mixture.signals, term.signal) || args.history.counts.empty()) return nullptr;
+        return args.history.counts[g] == keep_all ? &args.history.weights(g, begin) : nullptr;
       };
       std::int32_t i = 0;
       for (; i + strip <= length; i += strip) {
@@ -111,8 +111,13 @@ struct importance_impl<cpu> {
           if (const float* row = row_of(*term)) out[i] += term->coefficient * row[i];
         }
       }
-      for (const auto* term = terms; term != end; ++term)
-        add_uniform(mixture.signals, *term, args.kv_len, begin, length, out);
+      for (const auto* term = terms; term != end; ++term) {
+        if (!is_history(mixture.signals, term->signal)) {
+          add_uniform(mixture.signals, *term, args.kv_len, begin, length, out);
+        } else if (!args.history.counts.empty()) {
+          add_listed(args.history, g, term->coefficient, begin, length, out);
+        }
+      }
     }
   }
 
@@ -122,16 +127,28 @@ struct importance_impl<cpu> {
            signals.draft_heads() + static_cast<std::int32_t>(signals.windows.size()) + (signals.sinks > 0 ? 1 : 0);
   }
 
-  /// Adds a recency window or the sinks, whose weights are all the same; does nothing for other signals.
+  /// Adds a recency window or the sinks, whose weights are all the same; does nothing for a draft head.
   static void add_uniform(const signal_set& signals, sparse_mixture::term term, std::int32_t kv_len,
                           std::int32_t begin, std::int32_t length, float* out) {
     const std::int32_t signal = term.signal - signals.draft_heads();
-    if (signal < 0 || is_history(signals, term.signal)) return;
+    if (signal < 0) return;
     const auto windows = static_cast<std::int32_t>(signals.windows.size());
     const std::int32_t asked = signal < windows ? signals.windows[static_cast<std::size_t>(signal)] : signals.sinks;
     const std::int32_t count = (std::min)(asked, kv_len);
     const std::int32_t from = signal < windows ? kv_len - count : 0;
     add_range(from, from + count, term.coefficient / static_cast<float>(count), begin, length, out);
+  }
+
+  /// Adds the listed weights that fall into the tile at `begin`.
+  static void add_listed(const attention_history<cpu>& history, std::int32_t group, float coefficient,
+                         std::int32_t begin, std::int32_t length, float* out) {
+    const std::int32_t count = history.counts[group];
+    if (count <= 0) return;  // keep_all included: that row was added with the draft's
+    const std::int32_t* positions = &history.positions(group, 0);
+    const float* weights = &history.weights(group, 0);
+    const auto first = std::lower_bound(positions, positions + count, begin) - positions;
+    for (std::ptrdiff_t i = first; i < count && positions[i] < begin + length; ++i)
+      out[positions[i] - begin] += coefficient * weights[i];
   }
 
   /// Adds `value` at positions [from, to) that fall into the tile at `begin`.

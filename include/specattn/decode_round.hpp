@@ -1,0 +1,93 @@
+// What a round does to one sequence: what it takes over, what it counts, and what is refused beforehand.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "decode_options.hpp"
+#include "decode_state.hpp"
+#include "error.hpp"
+#include "guide.hpp"
+
+namespace specattn::inline v0_1::detail {
+
+inline void check_tokens(std::span<const std::int32_t> tokens, const char* what, std::int32_t positions,
+                         std::int32_t vocab) {
+  expects(!tokens.empty(), what, " is empty; give at least one token");
+  expects(tokens.size() <= static_cast<std::size_t>(positions), what, " has ", tokens.size(),
+          " tokens, the context holds ", positions);
+  for (std::size_t i = 0; i < tokens.size(); ++i) {
+    expects(tokens[i] >= 0 && tokens[i] < vocab, what, " has token ", tokens[i], " at ", i, ", outside a vocab of ",
+            vocab);
+  }
+}
+
+/// Sets a sequence up for a request; its text is the prompt.
+inline void begin(sequence_state& seq, const decode_request& request, const decode_options& options) {
+  expects(request.draft_length <= options.draft_length, "decode: a request's draft_length ", request.draft_length,
+          " is over the options' ", options.draft_length);
+  seq.stop_tokens.assign(request.stop_tokens.begin(), request.stop_tokens.end());
+  seq.max_new_tokens = request.max_new_tokens;
+  seq.draft_length = request.draft_length < 0 ? options.draft_length : request.draft_length;
+  seq.sampler = request.sampler;
+  seq.rounds_since_refresh = 0;
+  seq.counts = {};
+  seq.finish = request.max_new_tokens > 0 ? finish_reason::running : finish_reason::length;
+}
+
+/// Appends a round's accepted drafts and the target's own token, up to a stop token or the limit; returns the counts.
+inline decode_counts take_tokens(sequence_state& seq, const round_batch& batch, std::int32_t s, std::int32_t accepted,
+                                 std::int32_t next) {
+  const std::size_t before = seq.text.size();
+  for (std::int32_t i = 0; i <= accepted && seq.finish == finish_reason::running; ++i) {
+    const std::int32_t token = i < accepted ? batch.drafted.data()[batch.first_drafted(s) + i] : next;
+    seq.text.push_back(token);
+    if (std::find(seq.stop_tokens.begin(), seq.stop_tokens.end(), token) != seq.stop_tokens.end()) {
+      seq.finish = finish_reason::stop_token;
+    } else if (static_cast<std::int32_t>(seq.text.size()) - seq.prompt_length >= seq.max_new_tokens) {
+      seq.finish = finish_reason::length;
+    }
+  }
+  decode_counts counts;
+  counts.rounds = 1;
+  counts.proposed = batch.draft_length(s);
+  counts.accepted = accepted;
+  counts.bonus = accepted == batch.draft_length(s);
+  counts.corrected = accepted < batch.draft_length(s);
+  counts.emitted = static_cast<std::int64_t>(seq.text.size() - before);
+  counts.discarded = accepted + 1 - counts.emitted;
+  for (std::int32_t i = 0; i < accepted; ++i) ++counts.accepted_at[static_cast<std::size_t>(i)];
+  return counts;
+}
+
+/// Rows a verify pass of `slots` slots read for one sequence, and rows a dense pass would have read.
+template <storage T, backend B>
+decode_counts rows_read(const round_state<T, B>& state, std::int32_t s, std::int32_t slots,
+                        std::int64_t metadata_rows) {
+  const std::int32_t kv_len = state.kv_lens[static_cast<std::size_t>(s)];
+  decode_counts counts;
+  counts.dense_rounds = 1;
+  for (std::int32_t layer = 0; layer < state.layers; ++layer) {
+    for (std::int32_t h = 0; h < state.kv_heads; ++h) {
+      const std::int32_t count = state.kept.counts[state.group(layer, s, h)];
+      if (count != keep_all) counts.dense_rounds = 0;
+      counts.kv_rows_read += (count == keep_all ? kv_len : count + metadata_rows) + slots;
+    }
+  }
+  counts.kv_rows_dense = std::int64_t{state.layers} * state.kv_heads * (kv_len + slots);
+  counts.refreshed = state.replayed[static_cast<std::size_t>(s)] > 0;
+  return counts;
+}
+
+/// -log p (natural) of a token under a row of logits.
+inline float token_loss(const float* logits, std::int32_t vocab, std::int32_t token) {
+  const float max = *std::max_element(logits, logits + vocab);
+  double sum = 0.0;
+  for (std::int32_t v = 0; v < vocab; ++v) sum += std::exp(static_cast<double>(logits[v] - max));
+  return static_cast<float>(std::log(sum) + max - logits[token]);
+}
+
+}  // namespace specattn::inline v0_1::detail
