@@ -58,6 +58,23 @@ SPECATTN_HD inline std::uint64_t weight_mass(std::uint32_t key, float scale) {
   return fixed_point(__builtin_bit_cast(float, key) * scale);
 }
 
+/// Mass of an order key in a row.
+struct row_mass {
+  float scale;
+  SPECATTN_HD std::uint64_t operator()(std::uint32_t key) const { return weight_mass(key, scale); }
+};
+/// Mass of a score: itself.
+struct score_mass {
+  SPECATTN_HD std::uint64_t operator()(std::uint64_t score) const { return score; }
+};
+/// Mass one each: selects by count.
+struct unit_mass {
+  template <class Key>
+  SPECATTN_HD std::uint64_t operator()(Key) const {
+    return 1;
+  }
+};
+
 /// What turns a row's weights into shares of its mass, in units of 2^-48: share = fixed_point(weight * scale).
 /// 0 for a row without mass.
 SPECATTN_HD inline float share_scale(float scale, std::uint64_t row_mass) {

@@ -15,23 +15,6 @@
 
 namespace specattn::inline v0_1::detail {
 
-/// Mass of an order key in a row.
-struct row_mass {
-  float scale;
-  std::uint64_t operator()(std::uint32_t key) const { return weight_mass(key, scale); }
-};
-/// Mass of a score: itself.
-struct score_mass {
-  std::uint64_t operator()(std::uint64_t score) const { return score; }
-};
-/// Mass one each: selects by count.
-struct unit_mass {
-  template <class Key>
-  std::uint64_t operator()(Key) const {
-    return 1;
-  }
-};
-
 // ---- reading a row ------------------------------------------------------------------------------------------
 
 struct row_facts {

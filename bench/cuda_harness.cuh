@@ -1,0 +1,83 @@
+// What every CUDA benchmark shares: graph replays less an empty node, cold or warm, and the copy bandwidth of the run.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <functional>
+#include <vector>
+
+#include "specattn/cuda/context.cuh"
+
+namespace bench {
+
+inline void check(cudaError_t status) { specattn::detail::check_cuda(status, "bench"); }
+
+static __global__ void empty_kernel() {}
+
+/// Device times of one operation, in microseconds.
+class device_clock {
+ public:
+  explicit device_clock(cudaStream_t stream) : stream_(stream) {
+    check(cudaEventCreate(&begin_));
+    check(cudaEventCreate(&end_));
+    empty_us_ = replay([&](int) { empty_kernel<<<1, 1, 0, stream_>>>(); }, 100);
+  }
+  ~device_clock() {
+    cudaEventDestroy(begin_);
+    cudaEventDestroy(end_);
+  }
+  double empty_us() const { return empty_us_; }
+
+  /// Median over replays of a graph of `nodes` calls launch(0), launch(1), …, less an empty node.
+  double net_us(const std::function<void(int)>& launch, int nodes) { return replay(launch, nodes) - empty_us_; }
+
+ private:
+  double replay(const std::function<void(int)>& launch, int nodes) {
+    cudaGraph_t graph;
+    cudaGraphExec_t ready;
+    check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
+    for (int i = 0; i < nodes; ++i) launch(i);
+    check(cudaStreamEndCapture(stream_, &graph));
+    check(cudaGraphInstantiate(&ready, graph, 0));
+    std::vector<double> times;
+    for (int turn = 0; turn < 12; ++turn) {
+      check(cudaEventRecord(begin_, stream_));
+      check(cudaGraphLaunch(ready, stream_));
+      check(cudaEventRecord(end_, stream_));
+      check(cudaEventSynchronize(end_));
+      float ms = 0;
+      check(cudaEventElapsedTime(&ms, begin_, end_));
+      if (turn >= 2) times.push_back(1e3 * static_cast<double>(ms) / nodes);  // the first two warm up
+    }
+    check(cudaGraphExecDestroy(ready));
+    check(cudaGraphDestroy(graph));
+    std::sort(times.begin(), times.end());
+    return times[times.size() / 2];
+  }
+
+  cudaStream_t stream_;
+  cudaEvent_t begin_, end_;
+  double empty_us_ = 0;
+};
+
+/// Reads plus writes of a large device copy, in GB/s.
+inline double copy_bandwidth(device_clock& clock, cudaStream_t stream) {
+  const std::size_t bytes = std::size_t{1} << 30;
+  specattn::buffer<std::byte, specattn::cuda> from(bytes), to(bytes);
+  const double us = clock.net_us(
+      [&](int) { check(cudaMemcpyAsync(to.data(), from.data(), bytes, cudaMemcpyDeviceToDevice, stream)); }, 5);
+  return 2e-3 * static_cast<double>(bytes) / us;
+}
+
+inline void print_device() {
+  cudaDeviceProp device{};
+  check(cudaGetDeviceProperties(&device, 0));
+  int runtime = 0;
+  check(cudaRuntimeGetVersion(&runtime));
+  std::printf("device: %s, %d SMs, L2 %d MiB, CUDA runtime %d.%d\n", device.name, device.multiProcessorCount,
+              device.l2CacheSize >> 20, runtime / 1000, runtime % 1000 / 10);
+}
+
+}  // namespace bench

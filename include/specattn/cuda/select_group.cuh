@@ -1,0 +1,452 @@
+// One group's list, made by one cluster: what cpu/select.hpp does with one thread.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "../select.hpp"
+#include "select_search.cuh"
+#include "select_team.cuh"
+
+namespace specattn::inline v0_1::detail {
+
+/// What a launch is asked for; passed by value.
+template <storage T>
+struct select_launch {
+  importance<T, cuda> from;
+  selection_rule rule;
+  selection_view<cuda> out;
+  std::byte* workspace = nullptr;
+  std::size_t group_bytes = 0;  ///< of the workspace, a group's part
+};
+
+/// Items of one member of a cluster: whole words.
+SPECATTN_HD inline std::int32_t member_share(std::int64_t items, int members) {
+  return static_cast<std::int32_t>(((items + 31) / 32 + members - 1) / members * 32);
+}
+
+/// A group's part of the workspace. Rows that fit a cluster's shared memory need none.
+struct select_scratch_view {
+  std::uint64_t* scores = nullptr;  ///< positions: rows combined
+  std::uint64_t* pages = nullptr;   ///< items: mass of a row's pages, in the end of the combined rows'
+  std::uint32_t* kept = nullptr;    ///< words
+  std::uint32_t* equal = nullptr;   ///< words
+
+  /// Lays the arrays out from `base`, which may be null, and returns the bytes they take.
+  SPECATTN_HD std::size_t lay_out(std::byte* base, std::ptrdiff_t kv_len, bool combined, bool paged) {
+    const auto items = static_cast<std::size_t>(kv_len + 31) / 32 * 32;
+    std::size_t bytes = 0;
+    const auto take = [&](auto*& array, std::size_t count) {
+      using element = std::remove_reference_t<decltype(*array)>;
+      if (count > 0 && base != nullptr) array = reinterpret_cast<element*>(base + bytes);
+      bytes += (count * sizeof(element) + 63) / 64 * 64;
+    };
+    take(scores, combined ? items : 0);
+    take(pages, paged ? items : 0);
+    take(kept, items / 32);
+    take(equal, items / 32);
+    return bytes;
+  }
+};
+
+template <storage T, class Row>
+class select_group {
+ public:
+  __device__ select_group(const select_launch<T>& launch, select_team& team, select_scratch_view scratch, Row row)
+      : from_(launch.from), rule_(launch.rule), out_(launch.out), team_(team), scratch_(scratch), row_(row) {}
+
+  __device__ __forceinline__ void run(std::ptrdiff_t group) {
+    start(group);
+    const std::ptrdiff_t rows = from_.weights.extent(1);
+    const bool one_choice = rows == 1 || rule_.rows == combine::unite;
+    const bool combined = Row::in_workspace && scratch_.scores != nullptr;
+    for (std::int32_t i = first_position_ + team_.thread(); combined && i < last_position_; i += select_threads)
+      scratch_.scores[i] = 0;
+    for (std::ptrdiff_t row = 0; row < rows; ++row) take_row(group, row, one_choice, combined);
+    if constexpr (Row::in_workspace) {
+      if (combined) finish_rows(one_choice);
+    }
+    std::uint64_t before, count;
+    count_kept(before, count);
+    if (count > static_cast<std::uint64_t>(limit_)) {
+      status_ |= selection_capped;
+      cut(rows);
+      count_kept(before, count);
+    }
+    report(group, rows, static_cast<std::int32_t>(count));
+    emit_list(group, before, static_cast<std::int32_t>(count));
+  }
+
+ private:
+  __device__ __forceinline__ bool paged() const { return Row::in_workspace && rule_.page_size > 1; }
+
+  __device__ __forceinline__ void start(std::ptrdiff_t group) {
+    const std::ptrdiff_t extent = from_.weights.extent(2);
+    const std::int32_t asked = from_.kv_lens.empty() ? static_cast<std::int32_t>(extent) : from_.kv_lens[group];
+    length_ = clamped_length(asked, extent);
+    status_ = asked == length_ ? selection_ok : selection_invalid_length;
+    top_p_ = from_.top_p.empty() ? rule_.top_p : from_.top_p[group];
+    if (is_nan(top_p_)) status_ |= selection_invalid_rule;
+    items_ = item_count(length_, rule_.page_size);
+    limit_ = item_limit(rule_.max_tokens, length_, rule_.page_size);
+    const std::int64_t capacity = out_.capacity();
+    const std::int64_t room = rule_.output == emit::pages ? capacity : item_limit(capacity, length_, rule_.page_size);
+    if (room < limit_) limit_ = static_cast<std::int32_t>(room);
+    forced_ = forced_by(rule_.sinks, rule_.recent, length_, rule_.page_size);
+    const std::int64_t share = member_share(items_, team_.size());
+    const std::int64_t first = share * team_.rank();
+    range_.first = static_cast<std::int32_t>(first < items_ ? first : items_);
+    const std::int64_t last = first + share;
+    range_.last = static_cast<std::int32_t>(last < items_ ? last : items_);
+    range_.words = (range_.last - range_.first + 31) / 32;
+    first_position_ = position_of(range_.first);
+    last_position_ = position_of(range_.last);
+    for (std::int32_t word = team_.thread(); word < range_.words; word += select_threads) {
+      std::uint32_t bits = 0;
+      for (std::int32_t i = 0; i < 32; ++i) {
+        const std::int32_t item = range_.first + word * 32 + i;
+        if (item < range_.last && forced_.holds(item)) bits |= 1u << i;
+      }
+      scratch_.kept[word_at(word)] = bits;
+    }
+    __syncthreads();
+  }
+
+  __device__ std::int32_t position_of(std::int32_t item) const {
+    const std::int64_t position = std::int64_t{item} * rule_.page_size;
+    return static_cast<std::int32_t>(position < length_ ? position : length_);
+  }
+  /// Where a word of this CTA lies: the workspace holds the words of all members.
+  __device__ std::int32_t word_at(std::int32_t word) const {
+    return Row::in_workspace ? range_.first / 32 + word : word;
+  }
+  __device__ __forceinline__ bool is_kept(std::int32_t word, std::int32_t item) const {
+    return (scratch_.kept[word_at(word)] >> (item % 32) & 1u) != 0;
+  }
+
+  __device__ __forceinline__ void take_row(std::ptrdiff_t group, std::ptrdiff_t row, bool choose_now, bool combined) {
+    const T* weights = from_.weights.data() + group * from_.weights.stride(0) + row * from_.weights.stride(1);
+    const item_range positions{first_position_, last_position_, (last_position_ - first_position_ + 31) / 32};
+    std::uint64_t facts[2];
+    row_.load(weights, from_.weights.stride(2), positions, facts);
+    team_.reduce(facts, greater{});
+    if (facts[1] != 0) status_ |= selection_invalid_weight;
+    auto max_key = static_cast<std::uint32_t>(facts[0]);
+    if (needs_lift(max_key) && max_key != 0) {
+      row_.lift(positions);
+      max_key = lift_key(max_key);
+    }
+    mass_ = row_mass{mass_scale(max_key)};
+    if (!choose_now) {
+      std::uint64_t sum[1] = {0};
+      row_.for_each(positions, [&](std::int32_t, std::int32_t, std::uint32_t key, bool) { sum[0] += mass_(key); });
+      team_.reduce(sum, plus{});
+      total_ = sum[0];
+    } else if (!paged()) {
+      choose(row_, max_key, sums_of_row(max_key));
+    } else if constexpr (Row::in_workspace) {
+      sum_pages([&](std::int32_t position) { return mass_(row_.key(position)); });
+      choose(scored_items{scratch_.pages}, largest(scratch_.pages), whole_sums<score_mass>{});
+    }
+    if (combined) combine_row(positions);
+  }
+
+  /// A CTA's part of a resident row is counted in 15 bits; a streamed one can be longer.
+  __device__ __forceinline__ auto sums_of_row(std::uint32_t max_key) const {
+    if constexpr (Row::in_workspace) {
+      return whole_sums<row_mass>{mass_};
+    } else {
+      return split_sums(mass_, max_key);
+    }
+  }
+
+  __device__ __forceinline__ void combine_row(item_range positions) {
+    const float scale = share_scale(mass_.scale, total_);
+    row_.for_each(positions, [&](std::int32_t, std::int32_t position, std::uint32_t key, bool valid) {
+      if (!valid) return;
+      const std::uint64_t share = weight_share(key, scale);
+      std::uint64_t& score = scratch_.scores[position];
+      score = rule_.rows == combine::max ? (score < share ? share : score) : score + share;
+    });
+    __syncthreads();
+  }
+
+  /// pages[item] = the sum of its positions' masses; a warp a page.
+  template <class Mass>
+  __device__ __forceinline__ void sum_pages(Mass mass) {
+    for (std::int32_t page = range_.first + team_.warp(); page < range_.last; page += select_warps) {
+      std::uint64_t sum = 0;
+      for (std::int32_t i = position_of(page) + team_.lane(); i < position_of(page + 1); i += 32) sum += mass(i);
+      for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+      if (team_.lane() == 0) scratch_.pages[page] = sum;
+    }
+    __syncthreads();
+  }
+  __device__ std::uint64_t largest(const std::uint64_t* scores) {
+    std::uint64_t most[1] = {0};
+    for (std::int32_t i = range_.first + team_.thread(); i < range_.last; i += select_threads)
+      most[0] = most[0] < scores[i] ? scores[i] : most[0];
+    team_.reduce(most, greater{});
+    return most[0];
+  }
+
+  /// Folds the combined rows into items, and selects from them unless the rows did.
+  __device__ __forceinline__ void finish_rows(bool chosen) {
+    if (paged()) sum_pages([&](std::int32_t position) { return scratch_.scores[position]; });
+    if (!chosen) {
+      choose(scored_items{final_scores()}, largest(final_scores()), whole_sums<score_mass>{});
+      return;
+    }
+    std::uint64_t sum[1] = {0};
+    for (std::int32_t i = range_.first + team_.thread(); i < range_.last; i += select_threads)
+      sum[0] += final_scores()[i];
+    team_.reduce(sum, plus{});
+    total_ = sum[0];
+  }
+  __device__ const std::uint64_t* final_scores() const { return paged() ? scratch_.pages : scratch_.scores; }
+
+  /// Counts the items that count(item) names into the first histogram; the others' mass is returned.
+  template <class Source, class Key, class Sums, class Count>
+  __device__ __forceinline__ std::uint64_t count_items(const Source& source, const key_bins<Key>& bins,
+                                                       const Sums& sums, Count count) {
+    using word = typename Sums::word;
+    team_.template clear<word>(Sums::arrays, bins.count());
+    word* counted = reinterpret_cast<word*>(team_.memory().sums);
+    std::uint64_t others[1] = {0};
+    source.for_each(range_, [&](std::int32_t at, std::int32_t item, Key key, bool valid) {
+      const std::uint64_t one = valid ? sums.mass(key) : 0;
+      if (one == 0) return;
+      if (count(at, item)) {
+        sums.add(counted, bins.of(key), key, one, bins.shift);
+      } else {
+        others[0] += one;
+      }
+    });
+    merge_bins(team_, sums, bins, others);
+    return others[0];
+  }
+
+  /// Adds the items that one row (or the combined rows) keeps, and sets its mass.
+  template <class Source, class Key, class Sums>
+  __device__ __forceinline__ void choose(const Source& source, Key largest, const Sums& sums) {
+    const asked wish = asked_by(top_p_);
+    const auto bins = key_bins<Key>::between(0, largest, select_bins, first_shift<Key>());
+    const auto allowed = [&](std::int32_t, std::int32_t item) { return !forced_.holds(item); };
+    const std::uint64_t forced_mass = count_items(source, bins, sums, allowed);
+    chosen_mass_ = forced_mass;
+    const std::uint64_t need = find_bin(team_, bins, [&](std::uint64_t others) {
+      total_ = forced_mass + others;
+      if (wish != asked::target) return std::uint64_t{0};
+      const std::uint64_t target = target_mass(top_p_, total_);
+      return target > forced_mass ? target - forced_mass : 0;
+    });
+    if (wish == asked::everything) {
+      mark(source, found_threshold<Key>{{0, ~std::uint64_t{0}, 0}, 0},
+           [](std::int32_t, std::int32_t) { return true; });
+      chosen_mass_ = total_;
+    }
+    if (need == 0) return;
+    const found_threshold<Key> found = rule_.method == threshold_method::bisection
+                                           ? bisect(team_, source, range_, largest, need, sums.mass, allowed)
+                                           : search(team_, source, range_, bins, need, sums, allowed);
+    mark(source, found, allowed);
+    chosen_mass_ += found.least.mass;
+  }
+  /// Of keys 2048 bins cover 32 octaves, 64 bins each; of scores the whole range.
+  template <class Key>
+  __device__ static constexpr int first_shift() {
+    return sizeof(Key) == 4 ? 17 : -1;
+  }
+
+  /// Keeps what the threshold keeps among the allowed items.
+  template <class Source, class Key, class Allowed>
+  __device__ __forceinline__ void mark(const Source& source, found_threshold<Key> found, Allowed allowed) {
+    const bool all_ties = found.least.ties >= found.equals;
+    const Key key_kept = found.least.key;
+    source.for_each(range_, [&](std::int32_t word, std::int32_t item, Key key, bool valid) {
+      const bool candidate = valid && key >= key_kept && allowed(word, item);
+      const std::uint32_t above = __ballot_sync(~0u, candidate && (all_ties || key > key_kept));
+      const std::uint32_t equal = __ballot_sync(~0u, candidate && !all_ties && key == key_kept);
+      if (team_.lane() > 0) return;
+      scratch_.kept[word_at(word)] |= above;
+      scratch_.equal[word_at(word)] = equal;
+    });
+    __syncthreads();
+    if (!all_ties) keep_ties(found.least.ties);
+  }
+
+  /// Keeps the first `ties` of the items that `equal` marks.
+  __device__ __forceinline__ void keep_ties(std::uint64_t ties) {
+    std::uint64_t before, total;
+    count_bits(scratch_.equal, before, total);
+    in_order(scratch_.equal, before, [&](std::int32_t word, std::uint32_t bits, std::uint64_t rank) {
+      if (word >= range_.words || rank >= ties) return;
+      std::uint32_t rest = bits;
+      for (std::uint64_t room = ties - rank; room > 0 && rest != 0; --room) rest &= rest - 1;
+      scratch_.kept[word_at(word)] |= bits ^ rest;
+    });
+  }
+
+  /// Where the kept items exceed the limit, keeps the first of them: forced before others, heavier before lighter,
+  /// smaller before larger.
+  __device__ __forceinline__ void cut(std::ptrdiff_t rows) {
+    if (Row::in_workspace && (rows > 1 || paged())) {
+      if constexpr (Row::in_workspace) cut_items(scored_items{final_scores()}, largest(final_scores()));
+    } else {
+      std::uint64_t most[1] = {0};
+      row_.for_each(range_, [&](std::int32_t, std::int32_t, std::uint32_t key, bool) {
+        if (key > most[0]) most[0] = key;
+      });
+      team_.reduce(most, greater{});
+      cut_items(row_, static_cast<std::uint32_t>(most[0]));
+    }
+  }
+
+  template <class Source, class Key>
+  __device__ __forceinline__ void cut_items(const Source& source, Key largest) {
+    const std::int32_t forced_count = forced_.head + (items_ - forced_.tail);
+    const bool among_forced = forced_count > limit_;
+    const auto allowed = [&](std::int32_t word, std::int32_t item) {
+      return is_kept(word, item) && forced_.holds(item) == among_forced;
+    };
+    const std::int32_t room = among_forced ? limit_ : limit_ - forced_count;
+    found_threshold<Key> found{{static_cast<Key>(~Key{0}), 0, 0}, 1};
+    if (room > 0) {
+      const auto bins = key_bins<Key>::between(0, largest, select_bins, first_shift<Key>());
+      const item_counts sums;
+      count_items(source, bins, sums, allowed);
+      const std::uint64_t need =
+          find_bin(team_, bins, [&](std::uint64_t) { return static_cast<std::uint64_t>(room); });
+      found = search(team_, source, range_, bins, need, sums, allowed);
+    }
+    // The bits that say who is allowed become the result: an item that is neither chosen nor forced loses its own.
+    const bool all_ties = found.least.ties >= found.equals;
+    source.for_each(range_, [&](std::int32_t word, std::int32_t item, Key key, bool valid) {
+      const bool candidate = valid && key >= found.least.key && allowed(word, item);
+      const bool stays = valid && !among_forced && forced_.holds(item);
+      const std::uint32_t above = __ballot_sync(~0u, stays || (candidate && (all_ties || key > found.least.key)));
+      const std::uint32_t equal = __ballot_sync(~0u, candidate && !all_ties && key == found.least.key);
+      if (team_.lane() > 0) return;
+      scratch_.kept[word_at(word)] = above;
+      scratch_.equal[word_at(word)] = equal;
+    });
+    __syncthreads();
+    if (!all_ties) keep_ties(found.least.ties);
+  }
+
+  /// Bits of this CTA's words: how many lie in CTAs of lower rank, and how many in all.
+  __device__ __forceinline__ void count_bits(const std::uint32_t* words, std::uint64_t& before,
+                                             std::uint64_t& total) {
+    std::uint64_t mine = 0;
+    for (std::int32_t word = team_.thread(); word < range_.words; word += select_threads)
+      mine += static_cast<std::uint64_t>(__popc(words[word_at(word)]));
+    team_.sum_before(mine, before, total);
+  }
+  __device__ __forceinline__ void count_kept(std::uint64_t& before, std::uint64_t& total) {
+    __syncthreads();
+    count_bits(scratch_.kept, before, total);
+  }
+
+  /// visit(word, bits, rank of its first bit) for every word of this CTA and, so that whole CTAs call, some behind.
+  template <class Visit>
+  __device__ __forceinline__ void in_order(const std::uint32_t* words, std::uint64_t before, Visit visit) {
+    std::uint64_t rank = before;
+    for (std::int32_t begin = 0; begin < range_.words; begin += select_threads) {
+      const std::int32_t word = begin + team_.thread();
+      const std::uint32_t bits = word < range_.words ? words[word_at(word)] : 0;
+      std::uint64_t offset, sum;
+      select_scan(team_.memory().scan).ExclusiveSum(static_cast<std::uint64_t>(__popc(bits)), offset, sum);
+      visit(word, bits, rank + offset);
+      rank += sum;
+      __syncthreads();
+    }
+  }
+
+  __device__ __forceinline__ void report(std::ptrdiff_t group, std::ptrdiff_t rows, std::int32_t count) {
+    const bool first = team_.rank() == 0 && team_.thread() == 0;
+    if (first && !out_.status.empty()) out_.status[group] = status_;
+    if (out_.mass.empty()) return;
+    if (count == items_) {
+      if (first) out_.mass[group] = 1.0f;
+      return;
+    }
+    std::uint64_t kept[1] = {chosen_mass_};
+    if ((rows > 1 && rule_.rows == combine::unite) || (status_ & selection_capped) != 0) {
+      kept[0] = 0;
+      const auto add = [&](const auto& source, auto mass) {
+        source.for_each(range_, [&](std::int32_t word, std::int32_t item, auto key, bool valid) {
+          if (valid && is_kept(word, item)) kept[0] += mass(key);
+        });
+      };
+      if (Row::in_workspace && (rows > 1 || paged())) {
+        add(scored_items{final_scores()}, score_mass{});
+      } else {
+        add(row_, mass_);
+      }
+      team_.reduce(kept, plus{});
+    }
+    if (first) out_.mass[group] = mass_share(kept[0], total_);
+  }
+
+  /// Writes the list, its count and the padding behind it.
+  __device__ __forceinline__ void emit_list(std::ptrdiff_t group, std::uint64_t before, std::int32_t count) {
+    std::int32_t* list = out_.positions.data() + group * out_.positions.stride(0);
+    const std::ptrdiff_t stride = out_.positions.stride(1);
+    const bool expand = paged() && rule_.output == emit::positions;
+    const auto* prefixes = team_.memory().prefixes;
+    in_order(scratch_.kept, before, [&](std::int32_t word, std::uint32_t, std::uint64_t rank) {
+      team_.memory().prefixes[team_.thread()] = static_cast<std::uint32_t>(rank);
+      __syncthreads();
+      const std::int32_t begin = word - team_.thread();
+      for (std::int32_t i = team_.warp(); i < select_threads && begin + i < range_.words; i += select_warps) {
+        const std::uint32_t bits = scratch_.kept[word_at(begin + i)];
+        const std::int32_t item = range_.first + (begin + i) * 32 + team_.lane();
+        if ((bits >> team_.lane() & 1u) == 0) continue;
+        std::ptrdiff_t at = prefixes[i] + __popc(bits & ((1u << team_.lane()) - 1u));
+        if (!expand) {
+          list[at * stride] = item;
+          continue;
+        }
+        at *= rule_.page_size;
+        for (std::int32_t p = position_of(item); p < position_of(item + 1); ++p) list[at++ * stride] = p;
+      }
+    });
+    const std::ptrdiff_t written = entries(count, expand);
+    if (team_.rank() != 0) return;
+    const std::ptrdiff_t padded = padded_count(written, out_.capacity());
+    for (std::ptrdiff_t i = written + team_.thread(); i < padded; i += select_threads) list[i * stride] = -1;
+    if (team_.thread() == 0) out_.counts[group] = static_cast<std::int32_t>(written);
+  }
+
+  /// Entries of the list: pages are written out as their positions, of which a partial last page has fewer.
+  __device__ std::ptrdiff_t entries(std::int32_t count, bool expand) {
+    if (!expand) return count;
+    const std::ptrdiff_t missing = std::ptrdiff_t{items_} * rule_.page_size - length_;
+    std::uint64_t last_kept[1] = {0};
+    if (range_.last == items_ && range_.words > 0 && is_kept(range_.words - 1, items_ - 1)) last_kept[0] = 1;
+    team_.reduce(last_kept, greater{});
+    return std::ptrdiff_t{count} * rule_.page_size - (last_kept[0] != 0 ? missing : 0);
+  }
+
+  const importance<T, cuda>& from_;
+  const selection_rule& rule_;
+  const selection_view<cuda>& out_;
+  select_team& team_;
+  select_scratch_view scratch_;
+  Row row_;
+  item_range range_;
+  std::int32_t length_ = 0;          // positions
+  std::int32_t items_ = 0;           // positions or pages
+  std::int32_t first_position_ = 0;  // of this CTA's items
+  std::int32_t last_position_ = 0;
+  std::int32_t limit_ = 0;  // items that the cap and the capacity allow
+  forced_items forced_{};
+  float top_p_ = 0.0f;
+  std::uint32_t status_ = 0;
+  row_mass mass_{};                // of the last row read
+  std::uint64_t chosen_mass_ = 0;  // what the last choice kept, forced items included
+  std::uint64_t total_ = 0;        // mass of the last row, in the end of all that the list is made from
+};
+
+}  // namespace specattn::inline v0_1::detail

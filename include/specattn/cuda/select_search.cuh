@@ -1,0 +1,315 @@
+// The threshold of a selection on the device: where items come from, and the search that narrows a range of keys.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../scalar.hpp"
+#include "../select_math.hpp"
+#include "../view.hpp"
+#include "select_team.cuh"
+
+namespace specattn::inline v0_1::detail {
+
+// ---- items --------------------------------------------------------------------------------------------------
+// An item is a position or a page; 32 neighbours make a word, and a warp works on one word at a time, a lane an item.
+// A source calls visit(word, item, key, valid) for the words of this CTA, always with whole warps.
+
+/// The items of one CTA: words [0, words) are items [first, last).
+struct item_range {
+  std::int32_t first = 0;
+  std::int32_t last = 0;
+  std::int32_t words = 0;
+};
+
+/// A row whose keys this CTA holds in shared memory. A thread reads only what it wrote.
+template <storage T>
+struct resident_row {
+  static constexpr bool in_workspace = false;  ///< where its words of bits are
+  std::uint32_t* keys = nullptr;
+
+  /// Reads the row; facts: its largest key, and 1 if a weight was invalid.
+  __device__ __forceinline__ void load(const T* weights, std::ptrdiff_t stride, item_range items,
+                                       std::uint64_t (&facts)[2]) {
+    constexpr int ahead = 8;  // loads in flight
+    std::uint32_t max_key = 0;
+    std::uint32_t faults = 0;
+    const std::int32_t count = items.last - items.first;
+    const T* row = weights + items.first * stride;
+    for (std::int32_t begin = select_team::thread(); begin < items.words * 32; begin += ahead * select_threads) {
+      std::uint32_t bits[ahead];
+#pragma unroll
+      for (int j = 0; j < ahead; ++j) {
+        const std::int32_t i = begin + j * select_threads;
+        bits[j] = i < count ? __float_as_uint(to_float(row[i * stride])) : 0u;
+      }
+#pragma unroll
+      for (int j = 0; j < ahead; ++j) {
+        const std::int32_t i = begin + j * select_threads;
+        const std::uint32_t key = weight_key(bits[j]);
+        faults |= weight_fault(bits[j]);
+        max_key = key > max_key ? key : max_key;
+        if (i < items.words * 32) keys[i] = key;
+      }
+    }
+    facts[0] = max_key;
+    facts[1] = faults != 0 ? 1 : 0;
+  }
+
+  __device__ __forceinline__ void lift(item_range items) {
+    for (std::int32_t i = select_team::thread(); i < items.words * 32; i += select_threads)
+      keys[i] = lift_key(keys[i]);
+  }
+
+  template <class Visit>
+  __device__ __forceinline__ void for_each(item_range items, Visit visit) const {
+#pragma unroll 4
+    for (std::int32_t word = select_team::warp(); word < items.words; word += select_warps) {
+      const std::int32_t i = word * 32 + select_team::lane();
+      visit(word, items.first + i, keys[i], items.first + i < items.last);
+    }
+  }
+};
+
+/// A row that is read from memory in every sweep.
+template <storage T>
+struct streamed_row {
+  static constexpr bool in_workspace = true;
+  const T* weights = nullptr;
+  std::ptrdiff_t stride = 1;
+  bool lifted = false;
+
+  __device__ __forceinline__ void load(const T* row, std::ptrdiff_t row_stride, item_range items,
+                                       std::uint64_t (&facts)[2]) {
+    weights = row;
+    stride = row_stride;
+    lifted = false;
+    facts[0] = facts[1] = 0;
+    for (std::int32_t item = items.first + select_team::thread(); item < items.last; item += select_threads) {
+      const std::uint32_t bits = __float_as_uint(to_float(weights[item * stride]));
+      const std::uint32_t key = weight_key(bits);
+      if (weight_fault(bits) != 0) facts[1] = 1;
+      if (key > facts[0]) facts[0] = key;
+    }
+  }
+  __device__ __forceinline__ void lift(item_range) { lifted = true; }
+  __device__ std::uint32_t key(std::int32_t item) const {
+    const std::uint32_t key = weight_key(__float_as_uint(to_float(weights[item * stride])));
+    return lifted ? lift_key(key) : key;
+  }
+
+  template <class Visit>
+  __device__ __forceinline__ void for_each(item_range items, Visit visit) const {
+    for (std::int32_t word = select_team::warp(); word < items.words; word += select_warps) {
+      const std::int32_t item = items.first + word * 32 + select_team::lane();
+      visit(word, item, item < items.last ? key(item) : 0u, item < items.last);
+    }
+  }
+};
+
+/// Integer scores in the workspace.
+struct scored_items {
+  const std::uint64_t* scores;
+
+  template <class Visit>
+  __device__ __forceinline__ void for_each(item_range items, Visit visit) const {
+    for (std::int32_t word = select_team::warp(); word < items.words; word += select_warps) {
+      const std::int32_t item = items.first + word * 32 + select_team::lane();
+      visit(word, item, item < items.last ? scores[item] : std::uint64_t{0}, item < items.last);
+    }
+  }
+};
+
+// ---- histograms ---------------------------------------------------------------------------------------------
+// A bin's mass is exact. Shared memory adds 32-bit words fast and 64-bit ones slowly, so the mass of keys is kept as
+// two words: how many keys and the sum of their low bits, from which the mass follows where it is linear in the key
+// (no key of the bin is so light that its mass is rounded), or else the upper and lower bits of the mass.
+
+/// Aligned ranges of 2^shift keys, the heaviest first. Keys below the last bin count as in it.
+template <class Key>
+struct key_bins {
+  Key top;  ///< keys of the first bin, shifted
+  int shift;
+  std::uint32_t last;
+  Key lowest;  ///< of all
+
+  /// From `low`, a multiple of 2^shift or 0, to `high`, with `shift` or as few bits more as give `most` bins.
+  __device__ static key_bins between(Key low, Key high, int most, int shift = -1) {
+    if (shift < 0) {
+      shift =
+          64 - __clzll(static_cast<long long>(static_cast<std::uint64_t>(high - low) / static_cast<unsigned>(most)));
+    }
+    const Key count = (high >> shift) - (low >> shift);
+    return {high >> shift, shift, static_cast<std::uint32_t>(count < static_cast<Key>(most) ? count : most - 1), low};
+  }
+  __device__ int count() const { return static_cast<int>(last) + 1; }
+  __device__ std::uint32_t of(Key key) const {
+    const Key distance = top - (key >> shift);
+    return distance < last ? static_cast<std::uint32_t>(distance) : last;
+  }
+  __device__ Key low(std::uint32_t bin) const { return (top - bin) << shift; }
+  __device__ Key high(std::uint32_t bin) const { return low(bin) + ((Key{1} << shift) - 1); }
+};
+
+/// The masses of a row whose items a CTA counts in 15 bits.
+struct split_sums {
+  using word = std::uint32_t;
+  static constexpr int arrays = 2;
+  row_mass mass;
+  std::uint32_t linear_from;  ///< keys from here on have exact masses
+
+  __device__ split_sums(row_mass of, std::uint32_t max_key) : mass(of) {
+    const std::uint32_t exponent = max_key >> 23;
+    linear_from = (exponent > 17 ? exponent - 17 : 0) << 23;
+  }
+  __device__ void add(word* sums, std::uint32_t bin, std::uint32_t key, std::uint64_t one, int shift) const {
+    const bool linear = key >= linear_from;
+    atomicAdd(&sums[bin], linear ? 1u : static_cast<std::uint32_t>(one >> 12));
+    const std::uint32_t low = linear ? key & ((1u << shift) - 1) : static_cast<std::uint32_t>(one & 4095);
+    if (shift > 0 || !linear) atomicAdd(&sums[select_bins + bin], low);
+  }
+  /// The mass of a bin whose least key is `lowest`.
+  __device__ std::uint64_t of(const std::uint64_t (&sums)[arrays], std::uint32_t lowest) const {
+    if (lowest < linear_from) return (sums[0] << 12) + sums[1];
+    return sums[0] * mass(lowest) + sums[1] * (mass(lowest + 1) - mass(lowest));
+  }
+};
+
+/// Any mass, in 64-bit sums.
+template <class Mass>
+struct whole_sums {
+  using word = std::uint64_t;
+  static constexpr int arrays = 1;
+  Mass mass;
+  template <class Key>
+  __device__ void add(word* sums, std::uint32_t bin, Key, std::uint64_t one, int) const {
+    atomicAdd(reinterpret_cast<unsigned long long*>(&sums[bin]), static_cast<unsigned long long>(one));
+  }
+  template <class Key>
+  __device__ std::uint64_t of(const std::uint64_t (&sums)[arrays], Key) const {
+    return sums[0];
+  }
+};
+
+/// Every item has the mass one.
+struct item_counts {
+  using word = std::uint32_t;
+  static constexpr int arrays = 1;
+  unit_mass mass;
+  template <class Key>
+  __device__ void add(word* sums, std::uint32_t bin, Key, std::uint64_t, int) const {
+    atomicAdd(&sums[bin], 1u);
+  }
+  template <class Key>
+  __device__ std::uint64_t of(const std::uint64_t (&sums)[arrays], Key) const {
+    return sums[0];
+  }
+};
+
+// ---- the search ---------------------------------------------------------------------------------------------
+
+/// A threshold, and how many items lie on it.
+template <class Key>
+struct found_threshold {
+  threshold<Key> least;
+  std::uint64_t equals;
+};
+
+/// Merges the members' histograms, and sums x over all threads.
+template <class Key, class Sums>
+__device__ __forceinline__ void merge_bins(select_team& team, const Sums& sums, const key_bins<Key>& bins,
+                                           std::uint64_t (&x)[1]) {
+  team.template merge<typename Sums::word, Sums::arrays>(
+      bins.count(), [&](int bin, const auto& all) { return sums.of(all, bins.low(static_cast<std::uint32_t>(bin))); },
+      x);
+}
+
+/// Finds the bin in which the merged mass reaches need_of(mass of all) and leaves it in the team's memory. Returns
+/// what need_of gave; where that is 0 there is no such bin.
+template <class Key, class NeedOf>
+__device__ __forceinline__ std::uint64_t find_bin(select_team& team, const key_bins<Key>& bins, NeedOf need_of) {
+  constexpr int most = select_bins / select_threads;
+  select_team_memory& memory = team.memory();
+  const int each = (bins.count() + select_threads - 1) / select_threads;
+  std::uint64_t here[most];
+  std::uint64_t mine = 0;
+#pragma unroll
+  for (int i = 0; i < most; ++i) {
+    const int bin = team.thread() * each + i;
+    here[i] = i < each && bin < bins.count() ? team.merged()[bin] : 0;
+    mine += here[i];
+  }
+  std::uint64_t above, total;
+  select_scan(memory.scan).ExclusiveSum(mine, above, total);
+  const std::uint64_t need = need_of(total);
+#pragma unroll
+  for (int i = 0; i < most; ++i) {
+    if (above < need && above + here[i] >= need) {
+      memory.bin = static_cast<std::uint32_t>(team.thread() * each + i);
+      memory.above = above;
+      memory.here = here[i];
+    }
+    above += here[i];
+  }
+  __syncthreads();
+  return need;
+}
+
+/// The least set of the allowed items whose mass reaches `need` > 0, where find_bin() has found its bin among `bins`.
+/// Each further sweep looks at the items of one bin.
+template <class Key, class Sums, class Source, class Allowed>
+__device__ __forceinline__ found_threshold<Key> search(select_team& team, const Source& source, item_range items,
+                                                       key_bins<Key> bins, std::uint64_t need, const Sums& sums,
+                                                       Allowed allowed) {
+  using word = typename Sums::word;
+  const select_team_memory& memory = team.memory();
+  std::uint64_t above = 0;
+  for (;;) {
+    const std::uint32_t bin = memory.bin;
+    if (bins.shift == 0) {
+      const Key key = bins.low(bin);
+      const std::uint64_t one = sums.mass(key);
+      const std::uint64_t ties = (need - memory.above + one - 1) / one;
+      return {{key, ties, above + memory.above + ties * one}, memory.here / one};
+    }
+    above += memory.above;
+    need -= memory.above;
+    const Key high = bins.high(bin);
+    const Key low = bin == bins.last ? bins.lowest : bins.low(bin);
+    bins = key_bins<Key>::between(low, high, select_threads);
+    team.template clear<word>(Sums::arrays, bins.count());
+    word* counted = reinterpret_cast<word*>(team.memory().sums);
+    source.for_each(items, [&](std::int32_t at, std::int32_t item, Key key, bool valid) {
+      if (key > high || key < low || !valid || !allowed(at, item)) return;
+      const std::uint64_t one = sums.mass(key);
+      if (one > 0) sums.add(counted, bins.of(key), key, one, bins.shift);
+    });
+    std::uint64_t nothing[1] = {0};
+    merge_bins(team, sums, bins, nothing);
+    find_bin(team, bins, [&](std::uint64_t) { return need; });
+  }
+}
+
+/// The paper's rule: ten halvings of [0, max]; keeps every item at or above the last step that held `need`.
+template <class Key, class Mass, class Source, class Allowed>
+__device__ __forceinline__ found_threshold<Key> bisect(select_team& team, const Source& source, item_range items,
+                                                       Key max, std::uint64_t need, Mass mass, Allowed allowed) {
+  const auto held_at = [&](std::uint32_t step) {
+    const Key least = bisection_step(max, step);
+    std::uint64_t held[1] = {0};
+    source.for_each(items, [&](std::int32_t word, std::int32_t item, Key key, bool valid) {
+      if (valid && key >= least && allowed(word, item)) held[0] += mass(key);
+    });
+    team.reduce(held, plus{});
+    return held[0];
+  };
+  std::uint32_t low = 0;
+  std::uint32_t high = 1024;
+  while (high - low > 1) {
+    const std::uint32_t middle = (low + high) / 2;
+    (held_at(middle) >= need ? low : high) = middle;
+  }
+  return {{bisection_step(max, low), ~std::uint64_t{0}, held_at(low)}, 0};
+}
+
+}  // namespace specattn::inline v0_1::detail

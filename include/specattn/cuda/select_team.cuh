@@ -1,0 +1,188 @@
+// The CTAs that make one group's list: one cluster (a lone CTA before Hopper), its reductions and its histogram.
+#pragma once
+
+#include <cooperative_groups.h>
+
+#include <cstdint>
+#include <cub/block/block_scan.cuh>
+
+#include "../config.hpp"
+#include "../select_math.hpp"
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define SPECATTN_CLUSTERS 1
+#else
+#define SPECATTN_CLUSTERS 0
+#endif
+
+namespace specattn::inline v0_1::detail {
+
+inline constexpr int select_threads = 512;
+inline constexpr int select_warps = select_threads / 32;
+inline constexpr int select_max_cluster = 8;  // the largest that every Hopper can place
+inline constexpr int select_bins = 2048;
+
+struct plus {
+  __device__ std::uint64_t operator()(std::uint64_t a, std::uint64_t b) const { return a + b; }
+};
+struct greater {
+  __device__ std::uint64_t operator()(std::uint64_t a, std::uint64_t b) const { return a > b ? a : b; }
+};
+using select_scan = cub::BlockScan<std::uint64_t, select_threads, cub::BLOCK_SCAN_WARP_SCANS>;
+
+/// The shared memory of one CTA.
+struct select_team_memory {
+  std::uint64_t sums[select_bins];    ///< this CTA's histogram: a 64-bit sum a bin, or two arrays of 32-bit sums
+  std::uint64_t merged[select_bins];  ///< the cluster's
+  std::uint64_t slots[2][2][select_max_cluster * select_warps];
+  std::uint32_t prefixes[select_threads];
+  std::uint32_t bin;
+  std::uint64_t above, here;  ///< mass in heavier bins, and in this one
+  select_scan::TempStorage scan;
+};
+
+/// All members of the cluster call the same operations in the same order.
+class select_team {
+ public:
+  __device__ explicit select_team(select_team_memory& memory) : memory_(memory) {
+#if SPECATTN_CLUSTERS
+    const auto cluster = cooperative_groups::this_cluster();
+    rank_ = static_cast<int>(cluster.block_rank());
+    size_ = static_cast<int>(cluster.num_blocks());
+    if (size_ > 1) cluster.sync();  // a peer's memory may be written once the peer runs
+#endif
+  }
+
+  __device__ int rank() const { return rank_; }
+  __device__ int size() const { return size_; }
+  __device__ static int thread() { return static_cast<int>(threadIdx.x); }
+  __device__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
+  __device__ static int warp() { return static_cast<int>(threadIdx.x) / 32; }
+  __device__ select_team_memory& memory() { return memory_; }
+
+  __device__ void sync() {
+#if SPECATTN_CLUSTERS
+    if (size_ > 1) {
+      cooperative_groups::this_cluster().sync();
+      return;
+    }
+#endif
+    __syncthreads();
+  }
+
+  /// Replaces each x[n] by op over every thread of the cluster. op's neutral element is 0.
+  template <int N, class Op>
+  __device__ void reduce(std::uint64_t (&x)[N], Op op) {
+    share(x, op);
+    sync();
+    gather(x, op);
+  }
+
+  /// `before`: what the CTAs of lower rank have of x; `total`: what all have.
+  __device__ void sum_before(std::uint64_t x, std::uint64_t& before, std::uint64_t& total) {
+    std::uint64_t mine[1] = {x};
+    share(mine, plus{});
+    sync();
+    before = total = 0;
+    for (int i = lane(); i < size_ * select_warps; i += 32) {
+      const std::uint64_t each = memory_.slots[parity_][0][i];
+      total += each;
+      if (i < rank_ * select_warps) before += each;
+    }
+    before = over_warp(before, plus{});
+    total = over_warp(total, plus{});
+    parity_ ^= 1;
+  }
+
+  /// Empties the first `count` words of the histogram.
+  template <class Word>
+  __device__ void clear(int arrays, int count) {
+    __syncthreads();
+    Word* words = reinterpret_cast<Word*>(memory_.sums);
+    for (int a = 0; a < arrays; ++a) {
+      for (int i = thread(); i < count; i += select_threads) words[a * select_bins + i] = 0;
+    }
+    __syncthreads();
+  }
+
+  /// Makes merged() of the members' histograms, each member a slice, and sums x over all threads. `arrays` sums lie
+  /// side by side for each bin; mass_of(bin, sums over the members) is the bin's mass.
+  template <class Word, int Arrays, class MassOf>
+  __device__ void merge(int count, MassOf mass_of, std::uint64_t (&x)[1]) {
+    share(x, plus{});
+    sync();
+    const int slice = (count + size_ - 1) / size_;
+    const int end = min(count, (rank_ + 1) * slice);
+    for (int bin = rank_ * slice + thread(); bin < end; bin += select_threads) {
+      Word parts[Arrays][select_max_cluster];
+      std::uint64_t sums[Arrays] = {};
+#pragma unroll
+      for (int peer = 0; peer < select_max_cluster; ++peer) {
+#pragma unroll
+        for (int a = 0; a < Arrays; ++a)
+          parts[a][peer] =
+              peer < size_ ? at_peer(reinterpret_cast<Word*>(memory_.sums), peer)[a * select_bins + bin] : 0;
+      }
+#pragma unroll
+      for (int peer = 0; peer < select_max_cluster; ++peer) {
+#pragma unroll
+        for (int a = 0; a < Arrays; ++a) sums[a] += parts[a][peer];
+      }
+      const std::uint64_t mass = mass_of(bin, sums);
+#pragma unroll
+      for (int peer = 0; peer < select_max_cluster; ++peer) {
+        if (peer < size_) at_peer(memory_.merged, peer)[bin] = mass;
+      }
+    }
+    sync();
+    gather(x, plus{});
+  }
+  /// Masses of the bins; valid from merge() to the next clear().
+  __device__ const std::uint64_t* merged() const { return memory_.merged; }
+
+ private:
+  /// Where a peer keeps what this CTA keeps at `mine`.
+  template <class T>
+  __device__ T* at_peer(T* mine, int peer) const {
+#if SPECATTN_CLUSTERS
+    return cooperative_groups::this_cluster().map_shared_rank(mine, peer);
+#else
+    return mine;
+#endif
+  }
+
+  template <class Op>
+  __device__ static std::uint64_t over_warp(std::uint64_t x, Op op) {
+    for (int distance = 16; distance > 0; distance /= 2) x = op(x, __shfl_xor_sync(~0u, x, distance));
+    return x;
+  }
+
+  /// Gives every member every warp's value. Two sets of slots: one may still be read while the other is written.
+  template <int N, class Op>
+  __device__ void share(std::uint64_t (&x)[N], Op op) {
+    const int slot = rank_ * select_warps + warp();
+    for (int n = 0; n < N; ++n) {
+      x[n] = over_warp(x[n], op);
+      std::uint64_t* mine = &memory_.slots[parity_][n][slot];
+      if (lane() < size_) *at_peer(mine, lane()) = x[n];
+    }
+  }
+
+  /// After share() and a synchronisation: x over all.
+  template <int N, class Op>
+  __device__ void gather(std::uint64_t (&x)[N], Op op) {
+    for (int n = 0; n < N; ++n) {
+      std::uint64_t sum = 0;
+      for (int i = lane(); i < size_ * select_warps; i += 32) sum = op(sum, memory_.slots[parity_][n][i]);
+      x[n] = over_warp(sum, op);
+    }
+    parity_ ^= 1;
+  }
+
+  select_team_memory& memory_;
+  int rank_ = 0;
+  int size_ = 1;
+  int parity_ = 0;
+};
+
+}  // namespace specattn::inline v0_1::detail
