@@ -81,14 +81,14 @@ struct select_impl<cuda> {
     return std::ptrdiff_t{largest_cluster(ctx)} * most_share;
   }
 
-  /// The smallest cluster that holds a row and gives every multiprocessor two CTAs, as long as a thread keeps a few
-  /// positions.
+  /// The smallest cluster that holds a row, and as large a one as still runs in one wave of two CTAs a multiprocessor
+  /// and leaves a thread two positions. A little room in the wave: not every multiprocessor is in a whole cluster.
   static int cluster_for(const context<cuda>& ctx, std::ptrdiff_t groups, std::ptrdiff_t kv_len) {
     int cluster = 1;
     while (cluster < largest_cluster(ctx)) {
       const bool fits = kv_len <= std::ptrdiff_t{cluster} * most_share;
-      const bool enough = groups * cluster >= 2 * ctx.multiprocessors() || kv_len < cluster * 2 * select_threads;
-      if (fits && enough) break;
+      const bool another_wave = groups * cluster * 2 > 2 * ctx.multiprocessors() * 9 / 10;
+      if (fits && (another_wave || kv_len < std::ptrdiff_t{cluster} * 4 * select_threads)) break;
       cluster *= 2;
     }
     return cluster;

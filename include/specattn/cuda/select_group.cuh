@@ -23,7 +23,10 @@ struct select_launch {
 
 /// Items of one member of a cluster: whole words.
 SPECATTN_HD inline std::int32_t member_share(std::int64_t items, int members) {
-  return static_cast<std::int32_t>(((items + 31) / 32 + members - 1) / members * 32);
+  const std::int64_t words = (items + 31) / 32;
+  std::int64_t share = words;
+  for (int part = 1; part < members; part *= 2) share = (share + 1) / 2;  // members is a power of two
+  return static_cast<std::int32_t>(share * 32);
 }
 
 /// A group's part of the workspace. Rows that fit a cluster's shared memory need none.
@@ -79,7 +82,9 @@ class select_group {
   }
 
  private:
-  __device__ __forceinline__ bool paged() const { return Row::in_workspace && rule_.page_size > 1; }
+  /// Resident rows have no pages: their divisions vanish.
+  __device__ __forceinline__ std::int32_t page_size() const { return Row::in_workspace ? rule_.page_size : 1; }
+  __device__ __forceinline__ bool paged() const { return Row::in_workspace && page_size() > 1; }
 
   __device__ __forceinline__ void start(std::ptrdiff_t group) {
     const std::ptrdiff_t extent = from_.weights.extent(2);
@@ -88,12 +93,12 @@ class select_group {
     status_ = asked == length_ ? selection_ok : selection_invalid_length;
     top_p_ = from_.top_p.empty() ? rule_.top_p : from_.top_p[group];
     if (is_nan(top_p_)) status_ |= selection_invalid_rule;
-    items_ = item_count(length_, rule_.page_size);
-    limit_ = item_limit(rule_.max_tokens, length_, rule_.page_size);
+    items_ = item_count(length_, page_size());
+    limit_ = item_limit(rule_.max_tokens, length_, page_size());
     const std::int64_t capacity = out_.capacity();
-    const std::int64_t room = rule_.output == emit::pages ? capacity : item_limit(capacity, length_, rule_.page_size);
+    const std::int64_t room = rule_.output == emit::pages ? capacity : item_limit(capacity, length_, page_size());
     if (room < limit_) limit_ = static_cast<std::int32_t>(room);
-    forced_ = forced_by(rule_.sinks, rule_.recent, length_, rule_.page_size);
+    forced_ = forced_by(rule_.sinks, rule_.recent, length_, page_size());
     const std::int64_t share = member_share(items_, team_.size());
     const std::int64_t first = share * team_.rank();
     range_.first = static_cast<std::int32_t>(first < items_ ? first : items_);
@@ -103,36 +108,36 @@ class select_group {
     first_position_ = position_of(range_.first);
     last_position_ = position_of(range_.last);
     for (std::int32_t word = team_.thread(); word < range_.words; word += select_threads) {
-      std::uint32_t bits = 0;
-      for (std::int32_t i = 0; i < 32; ++i) {
-        const std::int32_t item = range_.first + word * 32 + i;
-        if (item < range_.last && forced_.holds(item)) bits |= 1u << i;
-      }
-      scratch_.kept[word_at(word)] = bits;
+      const std::int32_t item = range_.first + word * 32;
+      const std::uint32_t forced = bits_below(forced_.head - item) | ~bits_below(forced_.tail - item);
+      scratch_.kept[word_at(word)] = forced & bits_below(range_.last - item);
     }
     __syncthreads();
   }
 
   __device__ std::int32_t position_of(std::int32_t item) const {
-    const std::int64_t position = std::int64_t{item} * rule_.page_size;
+    const std::int64_t position = std::int64_t{item} * page_size();
     return static_cast<std::int32_t>(position < length_ ? position : length_);
+  }
+  /// The lowest `count` bits; none below 0, all from 32 on.
+  __device__ static std::uint32_t bits_below(std::int32_t count) {
+    return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1u;
   }
   /// Where a word of this CTA lies: the workspace holds the words of all members.
   __device__ std::int32_t word_at(std::int32_t word) const {
     return Row::in_workspace ? range_.first / 32 + word : word;
   }
-  __device__ __forceinline__ bool is_kept(std::int32_t word, std::int32_t item) const {
-    return (scratch_.kept[word_at(word)] >> (item % 32) & 1u) != 0;
+  __device__ __forceinline__ bool is_kept(std::int32_t item) const {
+    return (scratch_.kept[word_at((item - range_.first) / 32)] >> (item % 32) & 1u) != 0;
   }
 
   __device__ __forceinline__ void take_row(std::ptrdiff_t group, std::ptrdiff_t row, bool choose_now, bool combined) {
     const T* weights = from_.weights.data() + group * from_.weights.stride(0) + row * from_.weights.stride(1);
     const item_range positions{first_position_, last_position_, (last_position_ - first_position_ + 31) / 32};
-    std::uint64_t facts[2];
+    std::uint32_t facts[2];
     row_.load(weights, from_.weights.stride(2), positions, facts);
-    team_.reduce(facts, greater{});
-    if (facts[1] != 0) status_ |= selection_invalid_weight;
-    auto max_key = static_cast<std::uint32_t>(facts[0]);
+    std::uint32_t max_key = facts[0];
+    if (team_.largest_and_any(max_key, facts[1] != 0)) status_ |= selection_invalid_weight;
     if (needs_lift(max_key) && max_key != 0) {
       row_.lift(positions);
       max_key = lift_key(max_key);
@@ -206,21 +211,20 @@ class select_group {
   }
   __device__ const std::uint64_t* final_scores() const { return paged() ? scratch_.pages : scratch_.scores; }
 
-  /// Counts the items that count(item) names into the first histogram; the others' mass is returned.
-  template <class Source, class Key, class Sums, class Count>
+  /// Counts the items that counts(item) names into the first histogram; returns the mass of the others.
+  template <class Source, class Key, class Sums, class Counts>
   __device__ __forceinline__ std::uint64_t count_items(const Source& source, const key_bins<Key>& bins,
-                                                       const Sums& sums, Count count) {
+                                                       const Sums& sums, Counts counts) {
     using word = typename Sums::word;
     team_.template clear<word>(Sums::arrays, bins.count());
     word* counted = reinterpret_cast<word*>(team_.memory().sums);
     std::uint64_t others[1] = {0};
-    source.for_each(range_, [&](std::int32_t at, std::int32_t item, Key key, bool valid) {
-      const std::uint64_t one = valid ? sums.mass(key) : 0;
-      if (one == 0) return;
-      if (count(at, item)) {
-        sums.add(counted, bins.of(key), key, one, bins.shift);
+    source.for_each(range_, [&](std::int32_t, std::int32_t item, Key key, bool valid) {
+      if (!valid) return;
+      if (counts(item)) {
+        sums.add(counted, bins.of(key), key, bins.shift);
       } else {
-        others[0] += one;
+        others[0] += sums.mass(key);
       }
     });
     merge_bins(team_, sums, bins, others);
@@ -232,7 +236,7 @@ class select_group {
   __device__ __forceinline__ void choose(const Source& source, Key largest, const Sums& sums) {
     const asked wish = asked_by(top_p_);
     const auto bins = key_bins<Key>::between(0, largest, select_bins, first_shift<Key>());
-    const auto allowed = [&](std::int32_t, std::int32_t item) { return !forced_.holds(item); };
+    const auto allowed = [&](std::int32_t item) { return !forced_.holds(item); };
     const std::uint64_t forced_mass = count_items(source, bins, sums, allowed);
     chosen_mass_ = forced_mass;
     const std::uint64_t need = find_bin(team_, bins, [&](std::uint64_t others) {
@@ -242,8 +246,7 @@ class select_group {
       return target > forced_mass ? target - forced_mass : 0;
     });
     if (wish == asked::everything) {
-      mark(source, found_threshold<Key>{{0, ~std::uint64_t{0}, 0}, 0},
-           [](std::int32_t, std::int32_t) { return true; });
+      mark(source, found_threshold<Key>{{0, ~std::uint64_t{0}, 0}, 0}, [](std::int32_t) { return true; });
       chosen_mass_ = total_;
     }
     if (need == 0) return;
@@ -262,18 +265,24 @@ class select_group {
   /// Keeps what the threshold keeps among the allowed items.
   template <class Source, class Key, class Allowed>
   __device__ __forceinline__ void mark(const Source& source, found_threshold<Key> found, Allowed allowed) {
-    const bool all_ties = found.least.ties >= found.equals;
-    const Key key_kept = found.least.key;
+    const Key least = found.least.key;
+    if (found.least.ties >= found.equals) {  // no ties to break; what is not allowed is kept anyway
+      source.for_each(range_, [&](std::int32_t word, std::int32_t, Key key, bool valid) {
+        const std::uint32_t above = __ballot_sync(~0u, valid && key >= least);
+        if (team_.lane() == 0) scratch_.kept[word_at(word)] |= above;
+      });
+      __syncthreads();
+      return;
+    }
     source.for_each(range_, [&](std::int32_t word, std::int32_t item, Key key, bool valid) {
-      const bool candidate = valid && key >= key_kept && allowed(word, item);
-      const std::uint32_t above = __ballot_sync(~0u, candidate && (all_ties || key > key_kept));
-      const std::uint32_t equal = __ballot_sync(~0u, candidate && !all_ties && key == key_kept);
+      const std::uint32_t above = __ballot_sync(~0u, valid && key > least);
+      const std::uint32_t equal = __ballot_sync(~0u, valid && key == least && allowed(item));
       if (team_.lane() > 0) return;
       scratch_.kept[word_at(word)] |= above;
       scratch_.equal[word_at(word)] = equal;
     });
     __syncthreads();
-    if (!all_ties) keep_ties(found.least.ties);
+    keep_ties(found.least.ties);
   }
 
   /// Keeps the first `ties` of the items that `equal` marks.
@@ -307,9 +316,7 @@ class select_group {
   __device__ __forceinline__ void cut_items(const Source& source, Key largest) {
     const std::int32_t forced_count = forced_.head + (items_ - forced_.tail);
     const bool among_forced = forced_count > limit_;
-    const auto allowed = [&](std::int32_t word, std::int32_t item) {
-      return is_kept(word, item) && forced_.holds(item) == among_forced;
-    };
+    const auto allowed = [&](std::int32_t item) { return is_kept(item) && forced_.holds(item) == among_forced; };
     const std::int32_t room = among_forced ? limit_ : limit_ - forced_count;
     found_threshold<Key> found{{static_cast<Key>(~Key{0}), 0, 0}, 1};
     if (room > 0) {
@@ -323,7 +330,7 @@ class select_group {
     // The bits that say who is allowed become the result: an item that is neither chosen nor forced loses its own.
     const bool all_ties = found.least.ties >= found.equals;
     source.for_each(range_, [&](std::int32_t word, std::int32_t item, Key key, bool valid) {
-      const bool candidate = valid && key >= found.least.key && allowed(word, item);
+      const bool candidate = valid && key >= found.least.key && allowed(item);
       const bool stays = valid && !among_forced && forced_.holds(item);
       const std::uint32_t above = __ballot_sync(~0u, stays || (candidate && (all_ties || key > found.least.key)));
       const std::uint32_t equal = __ballot_sync(~0u, candidate && !all_ties && key == found.least.key);
@@ -355,8 +362,8 @@ class select_group {
     for (std::int32_t begin = 0; begin < range_.words; begin += select_threads) {
       const std::int32_t word = begin + team_.thread();
       const std::uint32_t bits = word < range_.words ? words[word_at(word)] : 0;
-      std::uint64_t offset, sum;
-      select_scan(team_.memory().scan).ExclusiveSum(static_cast<std::uint64_t>(__popc(bits)), offset, sum);
+      std::uint32_t offset, sum;
+      select_word_scan(team_.memory().word_scan).ExclusiveSum(static_cast<std::uint32_t>(__popc(bits)), offset, sum);
       visit(word, bits, rank + offset);
       rank += sum;
       __syncthreads();
@@ -375,8 +382,8 @@ class select_group {
     if ((rows > 1 && rule_.rows == combine::unite) || (status_ & selection_capped) != 0) {
       kept[0] = 0;
       const auto add = [&](const auto& source, auto mass) {
-        source.for_each(range_, [&](std::int32_t word, std::int32_t item, auto key, bool valid) {
-          if (valid && is_kept(word, item)) kept[0] += mass(key);
+        source.for_each(range_, [&](std::int32_t, std::int32_t item, auto key, bool valid) {
+          if (valid && is_kept(item)) kept[0] += mass(key);
         });
       };
       if (Row::in_workspace && (rows > 1 || paged())) {
@@ -408,7 +415,7 @@ class select_group {
           list[at * stride] = item;
           continue;
         }
-        at *= rule_.page_size;
+        at *= page_size();
         for (std::int32_t p = position_of(item); p < position_of(item + 1); ++p) list[at++ * stride] = p;
       }
     });
@@ -422,11 +429,11 @@ class select_group {
   /// Entries of the list: pages are written out as their positions, of which a partial last page has fewer.
   __device__ std::ptrdiff_t entries(std::int32_t count, bool expand) {
     if (!expand) return count;
-    const std::ptrdiff_t missing = std::ptrdiff_t{items_} * rule_.page_size - length_;
+    const std::ptrdiff_t missing = std::ptrdiff_t{items_} * page_size() - length_;
     std::uint64_t last_kept[1] = {0};
-    if (range_.last == items_ && range_.words > 0 && is_kept(range_.words - 1, items_ - 1)) last_kept[0] = 1;
+    if (range_.last == items_ && range_.words > 0 && is_kept(items_ - 1)) last_kept[0] = 1;
     team_.reduce(last_kept, greater{});
-    return std::ptrdiff_t{count} * rule_.page_size - (last_kept[0] != 0 ? missing : 0);
+    return std::ptrdiff_t{count} * page_size() - (last_kept[0] != 0 ? missing : 0);
   }
 
   const importance<T, cuda>& from_;

@@ -28,30 +28,33 @@ struct resident_row {
   static constexpr bool in_workspace = false;  ///< where its words of bits are
   std::uint32_t* keys = nullptr;
 
-  /// Reads the row; facts: its largest key, and 1 if a weight was invalid.
+  /// Reads the row; facts: its largest key, and 1 if a weight was invalid. Keys behind the row's end are 0.
   __device__ __forceinline__ void load(const T* weights, std::ptrdiff_t stride, item_range items,
-                                       std::uint64_t (&facts)[2]) {
+                                       std::uint32_t (&facts)[2]) {
     constexpr int ahead = 8;  // loads in flight
     std::uint32_t max_key = 0;
     std::uint32_t faults = 0;
     const std::int32_t count = items.last - items.first;
     const T* row = weights + items.first * stride;
-    for (std::int32_t begin = select_team::thread(); begin < items.words * 32; begin += ahead * select_threads) {
-      std::uint32_t bits[ahead];
+    std::int32_t begin = select_team::thread();
+    const auto take = [&](std::int32_t i, T weight) {
+      const std::uint32_t bits = __float_as_uint(to_float(weight));
+      const std::uint32_t key = weight_key(bits);
+      faults |= weight_fault(bits);
+      max_key = max(max_key, key);
+      keys[i] = key;
+    };
+    if (stride == 1) {
+      for (; begin + (ahead - 1) * select_threads < count; begin += ahead * select_threads) {
+        T part[ahead];
 #pragma unroll
-      for (int j = 0; j < ahead; ++j) {
-        const std::int32_t i = begin + j * select_threads;
-        bits[j] = i < count ? __float_as_uint(to_float(row[i * stride])) : 0u;
-      }
+        for (int j = 0; j < ahead; ++j) part[j] = row[begin + j * select_threads];
 #pragma unroll
-      for (int j = 0; j < ahead; ++j) {
-        const std::int32_t i = begin + j * select_threads;
-        const std::uint32_t key = weight_key(bits[j]);
-        faults |= weight_fault(bits[j]);
-        max_key = key > max_key ? key : max_key;
-        if (i < items.words * 32) keys[i] = key;
+        for (int j = 0; j < ahead; ++j) take(begin + j * select_threads, part[j]);
       }
     }
+    for (; begin < count; begin += select_threads) take(begin, row[begin * stride]);
+    for (; begin < items.words * 32; begin += select_threads) keys[begin] = 0;
     facts[0] = max_key;
     facts[1] = faults != 0 ? 1 : 0;
   }
@@ -59,6 +62,21 @@ struct resident_row {
   __device__ __forceinline__ void lift(item_range items) {
     for (std::int32_t i = select_team::thread(); i < items.words * 32; i += select_threads)
       keys[i] = lift_key(keys[i]);
+  }
+
+  /// visit(item, key) for keys in [low, high].
+  template <class Visit>
+  __device__ __forceinline__ void for_each_within(item_range items, std::uint32_t low, std::uint32_t high,
+                                                  Visit visit) const {
+    const auto* fours = reinterpret_cast<const uint4*>(keys);
+    for (std::int32_t i = select_team::thread(); i < items.words * 8; i += select_threads) {
+      const uint4 four = fours[i];
+      const std::uint32_t part[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (part[j] - low <= high - low) visit(items.first + i * 4 + j, part[j]);
+      }
+    }
   }
 
   template <class Visit>
@@ -80,7 +98,7 @@ struct streamed_row {
   bool lifted = false;
 
   __device__ __forceinline__ void load(const T* row, std::ptrdiff_t row_stride, item_range items,
-                                       std::uint64_t (&facts)[2]) {
+                                       std::uint32_t (&facts)[2]) {
     weights = row;
     stride = row_stride;
     lifted = false;
@@ -98,6 +116,13 @@ struct streamed_row {
     return lifted ? lift_key(key) : key;
   }
 
+  template <class Visit, class Key>
+  __device__ __forceinline__ void for_each_within(item_range items, Key low, Key high, Visit visit) const {
+    for_each(items, [&](std::int32_t, std::int32_t item, Key key, bool valid) {
+      if (valid && key >= low && key <= high) visit(item, key);
+    });
+  }
+
   template <class Visit>
   __device__ __forceinline__ void for_each(item_range items, Visit visit) const {
     for (std::int32_t word = select_team::warp(); word < items.words; word += select_warps) {
@@ -110,6 +135,13 @@ struct streamed_row {
 /// Integer scores in the workspace.
 struct scored_items {
   const std::uint64_t* scores;
+
+  template <class Visit, class Key>
+  __device__ __forceinline__ void for_each_within(item_range items, Key low, Key high, Visit visit) const {
+    for_each(items, [&](std::int32_t, std::int32_t item, Key key, bool valid) {
+      if (valid && key >= low && key <= high) visit(item, key);
+    });
+  }
 
   template <class Visit>
   __device__ __forceinline__ void for_each(item_range items, Visit visit) const {
@@ -162,11 +194,17 @@ struct split_sums {
     const std::uint32_t exponent = max_key >> 23;
     linear_from = (exponent > 17 ? exponent - 17 : 0) << 23;
   }
-  __device__ void add(word* sums, std::uint32_t bin, std::uint32_t key, std::uint64_t one, int shift) const {
-    const bool linear = key >= linear_from;
-    atomicAdd(&sums[bin], linear ? 1u : static_cast<std::uint32_t>(one >> 12));
-    const std::uint32_t low = linear ? key & ((1u << shift) - 1) : static_cast<std::uint32_t>(one & 4095);
-    if (shift > 0 || !linear) atomicAdd(&sums[select_bins + bin], low);
+  __device__ void add(word* sums, std::uint32_t bin, std::uint32_t key, int shift) const {
+    std::uint32_t first = 1;
+    std::uint32_t second = key & ((1u << shift) - 1);
+    if (key < linear_from) {
+      // Below 2^23 a float's last bit is worth one at most: adding 2^23 rounds as fixed_point() does.
+      const std::uint32_t one = __float_as_uint(fmaf(__uint_as_float(key), mass.scale, 0x1p23f)) - 0x4b000000u;
+      first = one >> 12;
+      second = one & 4095;
+    }
+    if (first != 0) atomicAdd(&sums[bin], first);
+    if (second != 0) atomicAdd(&sums[select_bins + bin], second);
   }
   /// The mass of a bin whose least key is `lowest`.
   __device__ std::uint64_t of(const std::uint64_t (&sums)[arrays], std::uint32_t lowest) const {
@@ -182,8 +220,9 @@ struct whole_sums {
   static constexpr int arrays = 1;
   Mass mass;
   template <class Key>
-  __device__ void add(word* sums, std::uint32_t bin, Key, std::uint64_t one, int) const {
-    atomicAdd(reinterpret_cast<unsigned long long*>(&sums[bin]), static_cast<unsigned long long>(one));
+  __device__ void add(word* sums, std::uint32_t bin, Key key, int) const {
+    const std::uint64_t one = mass(key);
+    if (one > 0) atomicAdd(reinterpret_cast<unsigned long long*>(&sums[bin]), static_cast<unsigned long long>(one));
   }
   template <class Key>
   __device__ std::uint64_t of(const std::uint64_t (&sums)[arrays], Key) const {
@@ -197,7 +236,7 @@ struct item_counts {
   static constexpr int arrays = 1;
   unit_mass mass;
   template <class Key>
-  __device__ void add(word* sums, std::uint32_t bin, Key, std::uint64_t, int) const {
+  __device__ void add(word* sums, std::uint32_t bin, Key, int) const {
     atomicAdd(&sums[bin], 1u);
   }
   template <class Key>
@@ -276,13 +315,15 @@ __device__ __forceinline__ found_threshold<Key> search(select_team& team, const 
     need -= memory.above;
     const Key high = bins.high(bin);
     const Key low = bin == bins.last ? bins.lowest : bins.low(bin);
+    // The bin is kept whole if it holds one item, or if without its lightest it would not do.
+    const std::uint64_t here = memory.here;
+    const std::uint64_t lightest = sums.mass(low);
+    if (here < 2 * lightest || here - lightest < need) return {{low, ~std::uint64_t{0}, above + here}, 0};
     bins = key_bins<Key>::between(low, high, select_threads);
     team.template clear<word>(Sums::arrays, bins.count());
     word* counted = reinterpret_cast<word*>(team.memory().sums);
-    source.for_each(items, [&](std::int32_t at, std::int32_t item, Key key, bool valid) {
-      if (key > high || key < low || !valid || !allowed(at, item)) return;
-      const std::uint64_t one = sums.mass(key);
-      if (one > 0) sums.add(counted, bins.of(key), key, one, bins.shift);
+    source.for_each_within(items, low, high, [&](std::int32_t item, Key key) {
+      if (allowed(item)) sums.add(counted, bins.of(key), key, bins.shift);
     });
     std::uint64_t nothing[1] = {0};
     merge_bins(team, sums, bins, nothing);
@@ -297,8 +338,8 @@ __device__ __forceinline__ found_threshold<Key> bisect(select_team& team, const 
   const auto held_at = [&](std::uint32_t step) {
     const Key least = bisection_step(max, step);
     std::uint64_t held[1] = {0};
-    source.for_each(items, [&](std::int32_t word, std::int32_t item, Key key, bool valid) {
-      if (valid && key >= least && allowed(word, item)) held[0] += mass(key);
+    source.for_each(items, [&](std::int32_t, std::int32_t item, Key key, bool valid) {
+      if (valid && key >= least && allowed(item)) held[0] += mass(key);
     });
     team.reduce(held, plus{});
     return held[0];

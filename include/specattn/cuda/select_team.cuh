@@ -29,6 +29,7 @@ struct greater {
   __device__ std::uint64_t operator()(std::uint64_t a, std::uint64_t b) const { return a > b ? a : b; }
 };
 using select_scan = cub::BlockScan<std::uint64_t, select_threads, cub::BLOCK_SCAN_WARP_SCANS>;
+using select_word_scan = cub::BlockScan<std::uint32_t, select_threads, cub::BLOCK_SCAN_WARP_SCANS>;
 
 /// The shared memory of one CTA.
 struct select_team_memory {
@@ -39,6 +40,7 @@ struct select_team_memory {
   std::uint32_t bin;
   std::uint64_t above, here;  ///< mass in heavier bins, and in this one
   select_scan::TempStorage scan;
+  select_word_scan::TempStorage word_scan;
 };
 
 /// All members of the cluster call the same operations in the same order.
@@ -76,6 +78,23 @@ class select_team {
     share(x, op);
     sync();
     gather(x, op);
+  }
+
+  /// Makes `key` the largest of all threads'; returns whether `flag` is set in any.
+  __device__ bool largest_and_any(std::uint32_t& key, bool flag) {
+    const std::uint64_t flags = __any_sync(~0u, flag) != 0 ? 1 : 0;
+    publish(0, flags << 32 | __reduce_max_sync(~0u, key));
+    sync();
+    std::uint32_t most = 0;
+    bool any = false;
+    for (int i = lane(); i < size_ * select_warps; i += 32) {
+      const std::uint64_t slot = memory_.slots[parity_][0][i];
+      most = max(most, static_cast<std::uint32_t>(slot));
+      any = any || slot >> 32 != 0;
+    }
+    key = __reduce_max_sync(~0u, most);
+    parity_ ^= 1;
+    return __any_sync(~0u, any) != 0;
   }
 
   /// `before`: what the CTAs of lower rank have of x; `total`: what all have.
@@ -157,14 +176,16 @@ class select_team {
     return x;
   }
 
-  /// Gives every member every warp's value. Two sets of slots: one may still be read while the other is written.
+  /// Gives every member this warp's value. Two sets of slots: one may still be read while the other is written.
+  __device__ void publish(int n, std::uint64_t x) {
+    std::uint64_t* mine = &memory_.slots[parity_][n][rank_ * select_warps + warp()];
+    if (lane() < size_) *at_peer(mine, lane()) = x;
+  }
   template <int N, class Op>
   __device__ void share(std::uint64_t (&x)[N], Op op) {
-    const int slot = rank_ * select_warps + warp();
     for (int n = 0; n < N; ++n) {
-      x[n] = over_warp(x[n], op);
-      std::uint64_t* mine = &memory_.slots[parity_][n][slot];
-      if (lane() < size_) *at_peer(mine, lane()) = x[n];
+      if (__any_sync(~0u, x[n] != 0)) x[n] = over_warp(x[n], op);
+      publish(n, x[n]);
     }
   }
 
