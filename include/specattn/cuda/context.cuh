@@ -93,12 +93,16 @@ class context<cuda> {
     detail::check_cuda(cudaGetDevice(&device), "context");
     detail::check_cuda(cudaDeviceGetAttribute(&compute_major_, cudaDevAttrComputeCapabilityMajor, device), "context");
     detail::check_cuda(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device), "context");
+    detail::check_cuda(cudaDeviceGetAttribute(&block_shared_bytes_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+                       "context");
   }
 
   cudaStream_t stream() const { return stream_; }
   /// Of the compute capability: 9 for Hopper.
   int compute_major() const { return compute_major_; }
   int multiprocessors() const { return multiprocessors_; }
+  /// The most shared memory that one CTA can have.
+  int block_shared_bytes() const { return block_shared_bytes_; }
 
   std::size_t workspace_bytes() const { return workspace_.size(); }
   /// Allocates a workspace of at least `bytes`, waiting for the device if an old one must go; what it held is lost.
@@ -118,6 +122,7 @@ class context<cuda> {
   buffer<std::byte, cuda> workspace_;
   int compute_major_ = 0;
   int multiprocessors_ = 0;
+  int block_shared_bytes_ = 0;
 };
 
 }  // namespace specattn::inline v0_1

@@ -44,7 +44,14 @@ __global__ void __launch_bounds__(select_threads, 2)
 
 template <>
 struct select_impl<cuda> {
-  static constexpr std::int32_t most_share = 16384;  // positions a CTA holds, so that a multiprocessor holds two CTAs
+  /// Positions a CTA holds: so many that a Hopper multiprocessor holds two CTAs, or that one fits elsewhere.
+  static std::int32_t most_share(const context<cuda>& ctx) {
+    const auto needed = static_cast<int>(sizeof(select_team_memory) + shared_bytes(16384));
+    return ctx.block_shared_bytes() > needed ? 16384 : 8192;
+  }
+  static std::size_t shared_bytes(std::int32_t share) {  // keys, and two words of bits for 32 of them
+    return static_cast<std::size_t>(share + share / 16) * sizeof(std::uint32_t);
+  }
 
   static std::size_t workspace_bytes(const context<cuda>& ctx, std::ptrdiff_t groups, std::ptrdiff_t rows,
                                      std::ptrdiff_t kv_len, const selection_rule& rule) {
@@ -70,15 +77,14 @@ struct select_impl<cuda> {
       return start<streamed_row<T>>(ctx, launch, cluster_for(ctx, groups, kv_len), 0, combined);
     }
     const int cluster = cluster_for(ctx, groups, kv_len);
-    const auto share = static_cast<std::size_t>(member_share(kv_len, cluster));
-    start<resident_row<T>>(ctx, launch, cluster, (share + share / 16) * sizeof(std::uint32_t), false);
+    start<resident_row<T>>(ctx, launch, cluster, shared_bytes(member_share(kv_len, cluster)), false);
   }
 
  private:
   static int largest_cluster(const context<cuda>& ctx) { return ctx.compute_major() >= 9 ? select_max_cluster : 1; }
   /// Positions that the largest cluster holds.
   static std::ptrdiff_t most_resident(const context<cuda>& ctx) {
-    return std::ptrdiff_t{largest_cluster(ctx)} * most_share;
+    return std::ptrdiff_t{largest_cluster(ctx)} * most_share(ctx);
   }
 
   /// The smallest cluster that holds a row, and as large a one as still runs in one wave of two CTAs a multiprocessor
@@ -86,7 +92,7 @@ struct select_impl<cuda> {
   static int cluster_for(const context<cuda>& ctx, std::ptrdiff_t groups, std::ptrdiff_t kv_len) {
     int cluster = 1;
     while (cluster < largest_cluster(ctx)) {
-      const bool fits = kv_len <= std::ptrdiff_t{cluster} * most_share;
+      const bool fits = kv_len <= std::ptrdiff_t{cluster} * most_share(ctx);
       const bool another_wave = groups * cluster * 2 > 2 * ctx.multiprocessors() * 9 / 10;
       if (fits && (another_wave || kv_len < std::ptrdiff_t{cluster} * 4 * select_threads)) break;
       cluster *= 2;

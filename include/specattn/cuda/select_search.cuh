@@ -41,7 +41,7 @@ struct resident_row {
       const std::uint32_t bits = __float_as_uint(to_float(weight));
       const std::uint32_t key = weight_key(bits);
       faults |= weight_fault(bits);
-      max_key = max(max_key, key);
+      max_key = key > max_key ? key : max_key;
       keys[i] = key;
     };
     if (stride == 1) {

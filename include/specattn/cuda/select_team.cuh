@@ -89,7 +89,8 @@ class select_team {
     bool any = false;
     for (int i = lane(); i < size_ * select_warps; i += 32) {
       const std::uint64_t slot = memory_.slots[parity_][0][i];
-      most = max(most, static_cast<std::uint32_t>(slot));
+      const auto theirs = static_cast<std::uint32_t>(slot);
+      most = theirs > most ? theirs : most;
       any = any || slot >> 32 != 0;
     }
     key = __reduce_max_sync(~0u, most);
@@ -131,7 +132,7 @@ class select_team {
     share(x, plus{});
     sync();
     const int slice = (count + size_ - 1) / size_;
-    const int end = min(count, (rank_ + 1) * slice);
+    const int end = (rank_ + 1) * slice < count ? (rank_ + 1) * slice : count;
     for (int bin = rank_ * slice + thread(); bin < end; bin += select_threads) {
       Word parts[Arrays][select_max_cluster];
       std::uint64_t sums[Arrays] = {};
@@ -207,3 +208,5 @@ class select_team {
 };
 
 }  // namespace specattn::inline v0_1::detail
+
+#undef SPECATTN_CLUSTERS

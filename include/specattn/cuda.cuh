@@ -1,0 +1,5 @@
+// What a CUDA user includes: the core and the device's specialisations. Needs nvcc and the toolkit's CUB.
+#pragma once
+
+#include "cuda/context.cuh"
+#include "cuda/select.cuh"
