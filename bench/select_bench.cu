@@ -1,8 +1,9 @@
 // select() on the device over the table of rows × lengths, p = 0.95, ascending lists out. Lists are compared with the
 // CPU's before anything is timed.
-//   select_bench_cuda [--smoke]
+//   select_bench_cuda [--smoke | ROWS LENGTH]
 #include "specattn/cuda/select.cuh"
 
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <string>
@@ -131,6 +132,10 @@ int main(int argc, char** argv) {
   std::printf(
       "| rows | length | p | kept %% | cold us | warm us | goal us | MB | GB/s cold | of copy "
       "|\n|---|---|---|---|---|---|---|---|---|---|\n");
+  if (argc == 3) {
+    measure({std::atol(argv[1]), std::atol(argv[2]), 0}, ctx, clock, copy, false);
+    return 0;
+  }
   for (const cell& c : table) {
     measure(c, ctx, clock, copy, smoke);
     if (smoke) break;

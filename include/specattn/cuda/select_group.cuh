@@ -220,7 +220,7 @@ class select_group {
     word* counted = reinterpret_cast<word*>(team_.memory().sums);
     std::uint64_t others[1] = {0};
     source.for_each(range_, [&](std::int32_t, std::int32_t item, Key key, bool valid) {
-      if (!valid) return;
+      if (Row::in_workspace && !valid) return;  // behind a resident row lie keys of 0, without mass and never kept
       if (counts(item)) {
         sums.add(counted, bins.of(key), key, bins.shift);
       } else {
@@ -406,17 +406,20 @@ class select_group {
       team_.memory().prefixes[team_.thread()] = static_cast<std::uint32_t>(rank);
       __syncthreads();
       const std::int32_t begin = word - team_.thread();
-      for (std::int32_t i = team_.warp(); i < select_threads && begin + i < range_.words; i += select_warps) {
-        const std::uint32_t bits = scratch_.kept[word_at(begin + i)];
-        const std::int32_t item = range_.first + (begin + i) * 32 + team_.lane();
+      const std::int32_t words = range_.words - begin < select_threads ? range_.words - begin : select_threads;
+      const std::uint32_t* kept = scratch_.kept + word_at(begin);
+      const std::uint32_t below = (1u << team_.lane()) - 1u;
+      std::int32_t item = range_.first + (begin + team_.warp()) * 32 + team_.lane();
+      for (std::int32_t i = team_.warp(); i < words; i += select_warps, item += 32 * select_warps) {
+        const std::uint32_t bits = kept[i];
+        const std::uint32_t at = prefixes[i] + __popc(bits & below);
         if ((bits >> team_.lane() & 1u) == 0) continue;
-        std::ptrdiff_t at = prefixes[i] + __popc(bits & ((1u << team_.lane()) - 1u));
         if (!expand) {
           list[at * stride] = item;
-          continue;
+        } else {
+          std::ptrdiff_t to = std::ptrdiff_t{at} * page_size();
+          for (std::int32_t p = position_of(item); p < position_of(item + 1); ++p) list[to++ * stride] = p;
         }
-        at *= page_size();
-        for (std::int32_t p = position_of(item); p < position_of(item + 1); ++p) list[at++ * stride] = p;
       }
     });
     const std::ptrdiff_t written = entries(count, expand);

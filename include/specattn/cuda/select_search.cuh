@@ -195,14 +195,11 @@ struct split_sums {
     linear_from = (exponent > 17 ? exponent - 17 : 0) << 23;
   }
   __device__ void add(word* sums, std::uint32_t bin, std::uint32_t key, int shift) const {
-    std::uint32_t first = 1;
-    std::uint32_t second = key & ((1u << shift) - 1);
-    if (key < linear_from) {
-      // Below 2^23 a float's last bit is worth one at most: adding 2^23 rounds as fixed_point() does.
-      const std::uint32_t one = __float_as_uint(fmaf(__uint_as_float(key), mass.scale, 0x1p23f)) - 0x4b000000u;
-      first = one >> 12;
-      second = one & 4095;
-    }
+    // Below 2^23 a float's last bit is worth one at most: adding 2^23 rounds as fixed_point() does.
+    const std::uint32_t one = __float_as_uint(fmaf(__uint_as_float(key), mass.scale, 0x1p23f)) - 0x4b000000u;
+    const bool linear = key >= linear_from;
+    const std::uint32_t first = linear ? 1 : one >> 12;
+    const std::uint32_t second = linear ? key & ((1u << shift) - 1) : one & 4095;
     if (first != 0) atomicAdd(&sums[bin], first);
     if (second != 0) atomicAdd(&sums[select_bins + bin], second);
   }
