@@ -181,7 +181,7 @@ TEST_CASE("make_sparse_mixture: drops the small terms and keeps a sum of one") {
   from.target.layers = 1;
   from.target.kv_heads = 2;
   from.coefficients = {0.6f, 0.396f, 0.004f, 0.0f, 1.0f, 0.0f};
-  const specattn::sparse_mixture mixture = specattn::make_sparse_mixture(from);
+  const specattn::sparse_mixture mixture = specattn::make_sparse_mixture(from, 0.01f);
   CHECK(mixture.first == std::vector<std::int32_t>{0, 2, 3});
   REQUIRE(mixture.terms.size() == 3);
   CHECK(mixture.terms[0].coefficient == doctest::Approx(0.6 / 0.996));

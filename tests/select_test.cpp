@@ -1,48 +1,14 @@
 // select() on the CPU.
 #include "specattn/cpu/select.hpp"
 
-#include <cstring>
-#include <memory>
-
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
+#include "cpu_fixture.hpp"
 #include "select_problem.hpp"
 
-namespace select_testing {
-
-struct cpu_fixture {
-  using backend = specattn::cpu;
-
-  explicit cpu_fixture(int threads = 2) : context_(std::make_unique<specattn::context<specattn::cpu>>(threads)) {}
-
-  specattn::context<specattn::cpu>& context() { return *context_; }
-
-  template <class T>
-  specattn::buffer<T> upload(const std::vector<T>& host) {
-    specattn::buffer<T> copy(host.size());
-    if (!host.empty()) std::memcpy(static_cast<void*>(copy.data()), host.data(), copy.bytes());
-    return copy;
-  }
-
-  template <class T>
-  std::vector<T> download(const specattn::buffer<T>& from) {
-    return {from.data(), from.data() + from.size()};
-  }
-
-  void soil_workspace() {
-    const std::size_t bytes = context_->workspace_bytes();
-    if (bytes > 0) std::memset(context_->workspace(bytes, "test"), 0xab, bytes);
-  }
-
- private:
-  std::unique_ptr<specattn::context<specattn::cpu>> context_;
-};
-
 using select_fixture = cpu_fixture;
-
-}  // namespace select_testing
 
 #include "select_cases.hpp"
 #include "select_group_cases.hpp"

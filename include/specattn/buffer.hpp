@@ -13,6 +13,20 @@
 
 namespace specattn::inline v0_1 {
 
+namespace detail {
+template <backend B, class T, std::size_t Rank>
+view<T, static_cast<int>(Rank), B> shape_buffer(T* data, std::size_t size, const std::ptrdiff_t (&extents)[Rank]) {
+  dimensions<static_cast<int>(Rank)> shape{};
+  std::size_t need = 1;
+  for (int d = 0; d < static_cast<int>(Rank); ++d) {
+    shape[d] = extents[d];
+    need *= static_cast<std::size_t>(extents[d]);
+  }
+  expects(need <= size, "buffer: a view of ", need, " elements over a buffer of ", size);
+  return {data, shape};
+}
+}  // namespace detail
+
 /// `size` elements of a trivially copyable type in the backend's memory, zeroed, 64-byte aligned, freed with the
 /// object. Moves, never copies. The CUDA specialisation is in cuda/context.cuh.
 template <class T, backend B = cpu>
@@ -54,14 +68,7 @@ class buffer<T, cpu> {
   /// The first product(extents) elements, shaped. Throws contract_error when the buffer holds fewer.
   template <std::size_t Rank>
   view<T, static_cast<int>(Rank), cpu> shaped(const std::ptrdiff_t (&extents)[Rank]) const {
-    dimensions<static_cast<int>(Rank)> shape{};
-    std::size_t need = 1;
-    for (int d = 0; d < static_cast<int>(Rank); ++d) {
-      shape[d] = extents[d];
-      need *= static_cast<std::size_t>(extents[d]);
-    }
-    detail::expects(need <= size_, "buffer: a view of ", need, " elements over a buffer of ", size_);
-    return {data_, shape};
+    return detail::shape_buffer<cpu>(data_, size_, extents);
   }
 
  private:

@@ -63,14 +63,7 @@ class buffer<T, cuda> {
   /// The first product(extents) elements, shaped. Throws contract_error when the buffer holds fewer.
   template <std::size_t Rank>
   view<T, static_cast<int>(Rank), cuda> shaped(const std::ptrdiff_t (&extents)[Rank]) const {
-    dimensions<static_cast<int>(Rank)> shape{};
-    std::size_t need = 1;
-    for (int d = 0; d < static_cast<int>(Rank); ++d) {
-      shape[d] = extents[d];
-      need *= static_cast<std::size_t>(extents[d]);
-    }
-    detail::expects(need <= size_, "buffer: a view of ", need, " elements over a buffer of ", size_);
-    return {data_, shape};
+    return detail::shape_buffer<cuda>(data_, size_, extents);
   }
 
  private:

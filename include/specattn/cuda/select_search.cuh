@@ -116,13 +116,6 @@ struct streamed_row {
     return lifted ? lift_key(key) : key;
   }
 
-  template <class Visit, class Key>
-  __device__ __forceinline__ void for_each_within(item_range items, Key low, Key high, Visit visit) const {
-    for_each(items, [&](std::int32_t, std::int32_t item, Key key, bool valid) {
-      if (valid && key >= low && key <= high) visit(item, key);
-    });
-  }
-
   template <class Visit>
   __device__ __forceinline__ void for_each(item_range items, Visit visit) const {
     for (std::int32_t word = select_team::warp(); word < items.words; word += select_warps) {
@@ -136,13 +129,6 @@ struct streamed_row {
 struct scored_items {
   const std::uint64_t* scores;
 
-  template <class Visit, class Key>
-  __device__ __forceinline__ void for_each_within(item_range items, Key low, Key high, Visit visit) const {
-    for_each(items, [&](std::int32_t, std::int32_t item, Key key, bool valid) {
-      if (valid && key >= low && key <= high) visit(item, key);
-    });
-  }
-
   template <class Visit>
   __device__ __forceinline__ void for_each(item_range items, Visit visit) const {
     for (std::int32_t word = select_team::warp(); word < items.words; word += select_warps) {
@@ -151,6 +137,19 @@ struct scored_items {
     }
   }
 };
+
+/// visit(item, key) for keys in [low, high], of any source.
+template <class Source, class Key, class Visit>
+__device__ __forceinline__ void for_each_within(const Source& source, item_range items, Key low, Key high,
+                                                Visit visit) {
+  if constexpr (requires { source.for_each_within(items, low, high, visit); }) {
+    source.for_each_within(items, low, high, visit);
+  } else {
+    source.for_each(items, [&](std::int32_t, std::int32_t item, Key key, bool valid) {
+      if (valid && key >= low && key <= high) visit(item, key);
+    });
+  }
+}
 
 // ---- histograms ---------------------------------------------------------------------------------------------
 // A bin's mass is exact. Shared memory adds 32-bit words fast and 64-bit ones slowly, so the mass of keys is kept as
@@ -319,7 +318,7 @@ __device__ __forceinline__ found_threshold<Key> search(select_team& team, const 
     bins = key_bins<Key>::between(low, high, select_threads);
     team.template clear<word>(Sums::arrays, bins.count());
     word* counted = reinterpret_cast<word*>(team.memory().sums);
-    source.for_each_within(items, low, high, [&](std::int32_t item, Key key) {
+    for_each_within(source, items, low, high, [&](std::int32_t item, Key key) {
       if (allowed(item)) sums.add(counted, bins.of(key), key, bins.shift);
     });
     std::uint64_t nothing[1] = {0};
