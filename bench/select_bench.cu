@@ -1,53 +1,49 @@
-// select() on the device over the table of rows × lengths, p = 0.95, ascending lists out. Lists are compared with the
-// CPU's before anything is timed.
-//   select_bench_cuda [--smoke | ROWS LENGTH]
+// select() on the device over the table of rows × lengths, p = 0.95, ascending lists out, and beside it other libraries'
+// selections of the same rows, where they are compiled in. Lists are compared with the CPU's, and a peer's with what it
+// promises, before anything is timed.
+//   select_bench_cuda [--smoke | ROWS LENGTH] [--real FILE]     FILE: see peers/README.md, which also has the commands
 #include "specattn/cuda/select.cuh"
 
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
 #include "cuda_harness.cuh"
+#include "peers/select_peers.cuh"
+#include "select_rows.cuh"
 #include "specattn/cpu/select.hpp"
 
 namespace {
 
+using bench::row_kind;
 using device = specattn::cuda;  // ::cuda is the toolkit's
 
-/// Rows as attention has them: exponentials of N(0, 2.5) logits, four sinks, a recent window. Not normalised.
-__global__ void fill_rows(float* rows, std::size_t count, std::int32_t length, std::uint32_t seed) {
-  for (std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x; i < count;
-       i += std::size_t{gridDim.x} * blockDim.x) {
-    std::uint64_t x = (i + 1) * 0x9e3779b97f4a7c15u + seed;
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-    x ^= x >> 31;
-    const float u = (static_cast<float>(x >> 40) + 0.5f) * 0x1p-24f;
-    const float v = static_cast<float>(x & 0xffffffu) * 0x1p-24f;
-    float logit = 2.5f * sqrtf(-2.0f * logf(u)) * cosf(6.2831853f * v);
-    const auto position = static_cast<std::int32_t>(i % static_cast<std::size_t>(length));
-    if (position < 4) logit += 6.0f;
-    if (position >= length - 64) logit += 2.0f;
-    rows[i] = expf(logit);
-  }
-}
+constexpr float top_p = 0.95f;
 
 struct cell {
   std::ptrdiff_t rows;
   std::ptrdiff_t length;
-  double goal_us;
+  double goal_us;  ///< 0: none
 };
-constexpr cell table[] = {{8, 8192, 9},     {8, 32768, 12},    {8, 131072, 18},   {64, 32768, 13},    {256, 8192, 13},
-                          {256, 32768, 25}, {256, 131072, 75}, {1024, 32768, 70}, {1024, 131072, 260}};
+constexpr cell table[] = {{8, 2048, 0},      {8, 8192, 9},      {8, 32768, 12},     {8, 131072, 18},
+                          {64, 32768, 13},   {256, 2048, 0},    {256, 8192, 13},    {256, 32768, 25},
+                          {256, 131072, 75}, {1024, 32768, 70}, {1024, 131072, 260}};
+constexpr row_kind made_kinds[] = {row_kind::softmax, row_kind::uniform, row_kind::one_hot, row_kind::all_equal,
+                                   row_kind::heavy_tie};
 
 struct device_rows {
   specattn::buffer<float, device> weights;
   specattn::selection<device> lists;
-  device_rows(const cell& c, std::uint32_t seed, cudaStream_t stream)
+  device_rows(const cell& c, row_kind kind, std::uint32_t seed, const bench::file_rows& real,
+              const float* real_weights, cudaStream_t stream)
       : weights(static_cast<std::size_t>(c.rows * c.length)), lists(c.rows, c.length) {
-    fill_rows<<<1024, 256, 0, stream>>>(weights.data(), weights.size(), static_cast<std::int32_t>(c.length), seed);
+    bench::fill_rows<<<static_cast<unsigned>(c.rows), 256, 0, stream>>>(
+        weights.data(), static_cast<std::int32_t>(c.length), kind, seed, real_weights, real.rows);
+    bench::check(cudaGetLastError());
   }
   void select(specattn::context<device>& ctx, const cell& c, const specattn::selection_rule& rule) {
     specattn::importance<float, device> from;
@@ -58,59 +54,234 @@ struct device_rows {
   }
 };
 
-/// The first eight rows' lists against the CPU's. Returns the share of positions kept.
-double validated(const device_rows& got, const cell& c, const specattn::selection_rule& rule) {
-  const std::ptrdiff_t rows = c.rows < 8 ? c.rows : 8;
-  const auto cells = static_cast<std::size_t>(rows * c.length);
-  std::vector<float> weights(cells);
-  std::vector<std::int32_t> positions(cells), counts(static_cast<std::size_t>(rows));
-  bench::check(cudaMemcpy(weights.data(), got.weights.data(), cells * 4, cudaMemcpyDeviceToHost));
+/// Eight rows or fewer, evenly spaced, on the host: they are what gets compared.
+struct checked_rows {
+  std::vector<std::ptrdiff_t> which;
+  std::vector<float> weights;  ///< [which, length]
+
+  checked_rows(const device_rows& got, const cell& c) {
+    const std::ptrdiff_t count = (std::min)(c.rows, std::ptrdiff_t{8});
+    weights.resize(static_cast<std::size_t>(count * c.length));
+    for (std::ptrdiff_t i = 0; i < count; ++i) {
+      which.push_back(i * (c.rows - 1) / (std::max)(count - 1, std::ptrdiff_t{1}));
+      bench::check(cudaMemcpy(weights.data() + i * c.length, got.weights.data() + which.back() * c.length,
+                              static_cast<std::size_t>(c.length) * sizeof(float), cudaMemcpyDeviceToHost));
+    }
+  }
+};
+
+/// Our lists against the CPU's. Returns the share of positions kept, of all rows.
+double validated(const device_rows& got, const cell& c, checked_rows& rows, const specattn::selection_rule& rule) {
+  const auto checked = static_cast<std::ptrdiff_t>(rows.which.size());
   const auto lists = got.lists.view();
-  bench::check(cudaMemcpy(positions.data(), lists.positions.data(), cells * 4, cudaMemcpyDeviceToHost));
+  std::vector<std::int32_t> counts(static_cast<std::size_t>(c.rows));
   bench::check(cudaMemcpy(counts.data(), lists.counts.data(), counts.size() * 4, cudaMemcpyDeviceToHost));
   specattn::context<specattn::cpu> ctx;
-  specattn::selection<specattn::cpu> want(rows, c.length);
+  specattn::selection<specattn::cpu> want(checked, c.length);
   specattn::importance<float> from;
-  from.weights = {weights.data(), {rows, 1, c.length}};
-  ctx.reserve_workspace(specattn::select_workspace_bytes(ctx, rows, 1, c.length, rule));
+  from.weights = {rows.weights.data(), {checked, 1, c.length}};
+  ctx.reserve_workspace(specattn::select_workspace_bytes(ctx, checked, 1, c.length, rule));
   specattn::select(ctx, from, rule, want.view());
-  double kept = 0;
-  for (std::ptrdiff_t r = 0; r < rows; ++r) {
-    const std::int32_t count = want.view().counts[r];
-    if (counts[static_cast<std::size_t>(r)] != count ||
-        std::memcmp(&want.view().positions(r, 0), positions.data() + r * c.length,
-                    static_cast<std::size_t>(count) * 4) != 0) {
-      std::fprintf(stderr, "row %td of %td x %td: %d positions, the CPU keeps %d or others\n", r, c.rows, c.length,
-                   counts[static_cast<std::size_t>(r)], count);
+  for (std::ptrdiff_t i = 0; i < checked; ++i) {
+    const std::ptrdiff_t row = rows.which[static_cast<std::size_t>(i)];
+    const std::int32_t count = want.view().counts[i];
+    std::vector<std::int32_t> positions(static_cast<std::size_t>(count));
+    bench::check(
+        cudaMemcpy(positions.data(), &lists.positions(row, 0), positions.size() * 4, cudaMemcpyDeviceToHost));
+    if (counts[static_cast<std::size_t>(row)] != count ||
+        std::memcmp(&want.view().positions(i, 0), positions.data(), positions.size() * 4) != 0) {
+      std::fprintf(stderr, "row %td of %td x %td: %d positions, the CPU keeps %d or others\n", row, c.rows, c.length,
+                   counts[static_cast<std::size_t>(row)], count);
       std::exit(1);
     }
-    kept += static_cast<double>(count) / static_cast<double>(c.length * rows);
   }
-  return kept;
+  return std::accumulate(counts.begin(), counts.end(), 0.0) / static_cast<double>(c.rows * c.length);
 }
 
-void measure(const cell& c, specattn::context<device>& ctx, bench::device_clock& clock, double copy, bool smoke) {
-  const double bytes = 4.0 * static_cast<double>(c.rows * c.length);
-  const int sets = smoke ? 1 : static_cast<int>(std::min(64.0, 2.0 + 256e6 / bytes));  // together beyond the L2
-  std::vector<std::unique_ptr<device_rows>> data;
-  for (int i = 0; i < sets; ++i) data.push_back(std::make_unique<device_rows>(c, 77u + i, ctx.stream()));
-  for (const float p : {0.95f, 1.0f}) {
-    specattn::selection_rule rule;
-    rule.top_p = p;
-    data[0]->select(ctx, c, rule);
-    bench::check(cudaStreamSynchronize(ctx.stream()));
-    const double kept = validated(*data[0], c, rule);
-    if (smoke) continue;
-    const double cold =
-        clock.net_us([&](int i) { data[static_cast<std::size_t>(i % sets)]->select(ctx, c, rule); }, 2 * sets);
-    const double warm = clock.net_us([&](int) { data[0]->select(ctx, c, rule); }, 20);
-    const double moved = bytes + kept * bytes;
-    std::printf("| %td | %td | %.2f | %.1f | %.1f | %.1f | %s | %.1f | %.0f | %.0f %% |\n", c.rows, c.length, p,
-                100 * kept, cold, warm, p < 1 ? std::to_string(static_cast<int>(c.goal_us)).c_str() : "-",
-                moved * 1e-6, moved * 1e-3 / cold, 100 * moved * 1e-3 / cold / copy);
+/// Whether a peer kept the heaviest positions of a row, and enough of them and no more: to 1e-4 of the mass, and with
+/// all that tie with the lightest kept one.
+bool valid(const bench::select_peer& peer, const bench::select_problem& problem, const float* row, std::int64_t r) {
+  constexpr double tolerance = 1e-4;
+  const std::vector<std::int32_t> kept = peer.kept(r);
+  std::vector<char> is_kept(static_cast<std::size_t>(problem.length), 0);
+  for (const std::int32_t position : kept) {
+    if (position < 0 || position >= problem.length || is_kept[static_cast<std::size_t>(position)] != 0) return false;
+    is_kept[static_cast<std::size_t>(position)] = 1;
+  }
+  float least = INFINITY, greatest_left = 0;
+  double mass = 0, ties = 0;
+  for (std::int64_t j = 0; j < problem.length; ++j) {
+    const bool in = is_kept[static_cast<std::size_t>(j)] != 0;
+    if (in) mass += static_cast<double>(row[j]);
+    if (in) least = (std::min)(least, row[j]);
+    if (!in) greatest_left = (std::max)(greatest_left, row[j]);
+  }
+  for (const std::int32_t position : kept) ties += row[position] == least ? static_cast<double>(least) : 0.0;
+  if (least < greatest_left) return false;
+  if (!peer.by_mass()) return static_cast<std::int64_t>(kept.size()) == problem.count;
+  return mass >= static_cast<double>(problem.top_p) - tolerance &&
+         mass - ties < static_cast<double>(problem.top_p) + tolerance;
+}
+
+struct timing {
+  double cold_us = 0, warm_us = 0;  ///< 0: not timed
+  const char* mark = "";            ///< behind the figure, or in its place
+};
+
+struct point {
+  row_kind kind;
+  cell where;
+  double kept;  ///< share of positions
+  timing ours;
+  std::vector<timing> peers;
+};
+
+class select_bench {
+ public:
+  select_bench(cudaStream_t stream, bool smoke, const std::string& real_file)
+      : ctx_(stream), clock_(stream), smoke_(smoke), peers_(bench::linked_peers()) {
+    if (!real_file.empty()) {
+      real_ = bench::read_rows(real_file);
+      real_weights_ = specattn::buffer<float, device>(real_.weights.size());
+      bench::check(
+          cudaMemcpy(real_weights_.data(), real_.weights.data(), real_weights_.bytes(), cudaMemcpyHostToDevice));
+    }
+    bench::print_device();
+    copy_ = smoke ? 1 : bench::copy_bandwidth(clock_, stream);
+    std::printf("copy: %.0f GB/s; times are graph replays less an empty node of %.2f us; fp32, 4 sinks, 16 recent\n",
+                copy_, clock_.empty_us());
+    const auto empty = [&](int) { bench::empty_kernel<<<1, 1, 0, stream>>>(); };
+    if (!peers_.empty() && !smoke) {
+      std::printf("†: cannot be captured; plain calls between two events, where an empty kernel takes %.2f us\n",
+                  clock_.stream_us(empty, 100));
+    }
+    std::printf("\n");
+  }
+
+  void run_table(const cell* cells, std::size_t count) {
+    std::printf(
+        "| rows | length | p | kept %% | cold us | warm us | goal us | MB | GB/s cold | of copy "
+        "|\n|---|---|---|---|---|---|---|---|---|---|\n");
+    for (std::size_t i = 0; i < count; ++i) measure(cells[i], row_kind::softmax, true);
+  }
+  void run_kinds(const cell& where) {
+    for (const row_kind kind : made_kinds) measure(where, kind, false);
+  }
+  void run_real(std::ptrdiff_t rows) {
+    if (real_.rows > 0) measure({rows, static_cast<std::ptrdiff_t>(real_.length), 0}, row_kind::real, false);
+  }
+  /// The points since the last call, a column for each peer, cold and then warm.
+  void print_points(const char* title) {
+    if (!smoke_ && !peers_.empty()) {
+      print_points(title, "cold", &timing::cold_us);
+      print_points(title, "warm", &timing::warm_us);
+    }
+    points_.clear();
+  }
+
+ private:
+  using rows_set = std::vector<std::unique_ptr<device_rows>>;
+
+  /// `in_table`: with p = 1 too, and with a line of its own.
+  void measure(const cell& c, row_kind kind, bool in_table) {
+    const double bytes = 4.0 * static_cast<double>(c.rows * c.length);
+    const int sets = smoke_ ? 1 : static_cast<int>((std::min)(640.0, 2.0 + 160e6 / bytes));  // together beyond the L2
+    rows_set data;
+    for (int i = 0; i < sets; ++i) {
+      data.push_back(std::make_unique<device_rows>(c, kind, 77u + static_cast<std::uint32_t>(i), real_,
+                                                   real_weights_.data(), ctx_.stream()));
+    }
+    checked_rows rows(*data[0], c);
+    point now{kind, c, 0, {}, {}};
+    for (const float p : {1.0f, top_p}) {
+      if (p >= 1 && !in_table) continue;
+      specattn::selection_rule rule;
+      rule.top_p = p;
+      data[0]->select(ctx_, c, rule);
+      bench::check(cudaStreamSynchronize(ctx_.stream()));
+      now.kept = validated(*data[0], c, rows, rule);
+      if (smoke_) continue;
+      now.ours = timed(sets, bytes, true, [&](int i) { data[static_cast<std::size_t>(i)]->select(ctx_, c, rule); });
+      if (in_table) print_ours(now, p, bytes);
+    }
+    for (const auto& peer : peers_) now.peers.push_back(measure_peer(*peer, now, data, rows));
+    points_.push_back(std::move(now));
+  }
+
+  timing measure_peer(bench::select_peer& peer, const point& now, rows_set& data, const checked_rows& rows) {
+    const cell& c = now.where;
+    bench::select_problem problem{c.rows, c.length, top_p, std::lround(now.kept * static_cast<double>(c.length))};
+    if (!peer.takes(problem)) return {0, 0, "–"};
+    peer.prepare(problem);
+    peer.run(data[0]->weights.data(), ctx_.stream());
+    bench::check(cudaStreamSynchronize(ctx_.stream()));
+    for (std::size_t i = 0; i < rows.which.size(); ++i) {
+      const float* row = rows.weights.data() + static_cast<std::ptrdiff_t>(i) * c.length;
+      if (valid(peer, problem, row, rows.which[i])) continue;
+      std::fprintf(stderr, "%s: row %td of %td x %td, %s, is not a selection of that %s\n", peer.name().c_str(),
+                   rows.which[i], c.rows, c.length, bench::name_of(now.kind), peer.by_mass() ? "mass" : "count");
+      if (smoke_) std::exit(1);
+      return {0, 0, "wrong"};
+    }
+    timing took;
+    if (!smoke_) {
+      took = timed(static_cast<int>(data.size()), 4.0 * static_cast<double>(c.rows * c.length), peer.captures(),
+                   [&](int i) { peer.run(data[static_cast<std::size_t>(i)]->weights.data(), ctx_.stream()); });
+    }
+    peer.prepare({});  // gives the memory back
+    return took;
+  }
+
+  timing timed(int sets, double bytes, bool captures, const std::function<void(int)>& run) {
+    const auto cold = [&](int i) { run(i % sets); };
+    const auto warm = [&](int) { run(0); };
+    const int colds = (std::max)(sets, 4), warms = bytes > 64e6 ? 4 : 20;
+    if (!captures) return {clock_.stream_us(cold, colds), clock_.stream_us(warm, warms), "†"};
+    return {clock_.net_us(cold, colds), clock_.net_us(warm, warms), ""};
+  }
+
+  void print_ours(const point& now, float p, double bytes) const {
+    const double moved = bytes + now.kept * bytes;
+    std::printf("| %td | %td | %.2f | %.1f | %.1f | %.1f | %s | %.1f | %.0f | %.0f %% |\n", now.where.rows,
+                now.where.length, static_cast<double>(p), 100 * now.kept, now.ours.cold_us, now.ours.warm_us,
+                p < 1 && now.where.goal_us > 0 ? std::to_string(static_cast<int>(now.where.goal_us)).c_str() : "-",
+                moved * 1e-6, moved * 1e-3 / now.ours.cold_us, 100 * moved * 1e-3 / now.ours.cold_us / copy_);
     std::fflush(stdout);
   }
-}
+
+  void print_points(const char* title, const char* how, double timing::*us) const {
+    std::printf("\n%s, %s, us\n\n| weights | rows | length | kept %% | read once | select() |", title, how);
+    for (const auto& peer : peers_) std::printf(" %s |", peer->name().c_str());
+    std::printf(" best by mass over select() |\n|---|---|---|---|---|---|---|");
+    for (std::size_t i = 0; i < peers_.size(); ++i) std::printf("---|");
+    std::printf("\n");
+    for (const point& at : points_) {
+      const double limit = 4e-3 * static_cast<double>(at.where.rows * at.where.length) / copy_;
+      std::printf("| %s | %td | %td | %.1f | %.2f | %.1f |", bench::name_of(at.kind), at.where.rows, at.where.length,
+                  100 * at.kept, limit, at.ours.*us);
+      double best = INFINITY;
+      for (std::size_t i = 0; i < at.peers.size(); ++i) {
+        const timing& took = at.peers[i];
+        if (took.*us <= 0) {
+          std::printf(" %s |", took.mark);
+          continue;
+        }
+        std::printf(" %.1f%s |", took.*us, took.mark);
+        if (peers_[i]->by_mass()) best = (std::min)(best, took.*us);
+      }
+      std::printf(" %.1f |\n", best / at.ours.*us);
+    }
+  }
+
+  specattn::context<device> ctx_;
+  bench::device_clock clock_;
+  bool smoke_;
+  std::vector<std::unique_ptr<bench::select_peer>>& peers_;
+  bench::file_rows real_;
+  specattn::buffer<float, device> real_weights_;
+  double copy_ = 1;
+  std::vector<point> points_;
+};
 
 }  // namespace
 
@@ -120,25 +291,33 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "SKIPPED: no CUDA device\n");
     return 77;
   }
-  const bool smoke = argc > 1 && std::strcmp(argv[1], "--smoke") == 0;
+  std::string real_file;
+  if (argc > 2 && std::strcmp(argv[argc - 2], "--real") == 0) {
+    real_file = argv[argc - 1];
+    argc -= 2;
+  }
+  const bool smoke = argc == 2 && std::strcmp(argv[1], "--smoke") == 0;
+  if (argc > 3 || (argc == 2 && !smoke)) {
+    std::fprintf(stderr, "select_bench_cuda [--smoke | ROWS LENGTH] [--real FILE]\n");
+    return 1;
+  }
   cudaStream_t stream;
   bench::check(cudaStreamCreate(&stream));
-  specattn::context<device> ctx(stream);
-  bench::device_clock clock(stream);
-  bench::print_device();
-  const double copy = smoke ? 1 : bench::copy_bandwidth(clock, stream);
-  std::printf("copy: %.0f GB/s; times are graph replays less an empty node of %.2f us; fp32, 4 sinks, 16 recent\n",
-              copy, clock.empty_us());
-  std::printf(
-      "| rows | length | p | kept %% | cold us | warm us | goal us | MB | GB/s cold | of copy "
-      "|\n|---|---|---|---|---|---|---|---|---|---|\n");
+  select_bench run(stream, smoke, real_file);
   if (argc == 3) {
-    measure({std::atol(argv[1]), std::atol(argv[2]), 0}, ctx, clock, copy, false);
+    const cell one{std::atol(argv[1]), std::atol(argv[2]), 0};
+    run.run_table(&one, 1);
+    run.print_points("select() and its peers");
     return 0;
   }
-  for (const cell& c : table) {
-    measure(c, ctx, clock, copy, smoke);
+  run.run_table(table, smoke ? 2 : std::size(table));
+  run.print_points("select() and its peers");
+  const std::ptrdiff_t length = smoke ? 8192 : 32768;
+  for (const std::ptrdiff_t rows : {8, 256}) {
+    run.run_kinds({rows, length, 0});
+    run.run_real(rows);
     if (smoke) break;
   }
+  run.print_points("Kinds of weights");
   return 0;
 }
