@@ -8,6 +8,7 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <random>
@@ -220,6 +221,126 @@ TEST_CASE_TEMPLATE("kv_cache: rows are rounded to the storage type exactly as fr
   };
   check(specattn::fp16{});
   check(specattn::bf16{});
+}
+
+TEST_CASE_TEMPLATE("kv_cache: k and v may have any strides", Fixture, kv_cache_fixture) {
+  Fixture fixture;
+  std::vector<float> memory(3 * 2 * 8 * 2 + 1);
+  for (std::size_t i = 0; i < memory.size(); ++i) memory[i] = static_cast<float>(i);
+  const auto from = fixture.upload(memory);
+  using rows = specattn::view<const float, 3, typename Fixture::backend>;
+  for (const auto& strides : {specattn::dimensions<3>{2, 48, 6}, {16, 8, 1}, {0, 0, 1}}) {
+    for (std::ptrdiff_t offset : {0, 1}) {
+      specattn::kv_cache<float, typename Fixture::backend> cache({1, 1, 2, 8, 8, 0, 0});
+      const rows odd(from.data() + offset, {3, 2, 8}, strides);
+      const rows on_host(memory.data() + offset, {3, 2, 8}, strides);  // for its arithmetic only
+      cache.append(fixture.context(), 0, 0, odd, odd);
+      const auto view = cache.layer(0);
+      for (int head = 0; head < 2; ++head) {
+        const auto stored = fixture.read(view.values + head * view.head_stride, 3 * 8);
+        for (int p = 0; p < 3; ++p)
+          for (int d = 0; d < 8; ++d) CHECK(stored[static_cast<std::size_t>(p * 8 + d)] == on_host(p, head, d));
+      }
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("kv_cache: a batch's slots go behind each sequence's prefix, rows without a sequence nowhere",
+                   Fixture, kv_cache_fixture) {
+  using B = typename Fixture::backend;
+  for (std::int32_t page_size : {0, 8}) {
+    Fixture fixture;
+    specattn::kv_cache<float, B> cache(small(page_size));
+    grow(fixture, cache, 2, 0, 7);
+    grow(fixture, cache, 0, 0, 15);
+    const std::vector<std::int32_t> offsets = {0, 3, 3, 7}, lengths = {7, 0, 15}, rows = {2, 1, 0};
+    const auto on_offsets = fixture.upload(offsets), on_lengths = fixture.upload(lengths);
+    const auto on_rows = fixture.upload(rows);
+    const specattn::pass_layout<B> layout{on_offsets.shaped({4}), on_lengths.shaped({3}), on_rows.shaped({3})};
+    cache.reserve(2, 3);
+    cache.reserve(0, 4);
+    for (int layer = 0; layer < 2; ++layer) {
+      std::vector<float> k, v;
+      for (int slot = 0; slot < 9; ++slot)
+        for (int i = 0; i < 10; ++i) {
+          const int row = slot < 3 ? 2 : 0, position = slot < 3 ? 7 + slot : 15 + slot - 3;
+          k.push_back(element(row, layer, position, i / 5, i % 5, false));
+          v.push_back(element(row, layer, position, i / 5, i % 5, true));
+        }
+      const auto keys = fixture.upload(k), values = fixture.upload(v);
+      cache.append(fixture.context(), layer, layout, keys.shaped({9, 2, 5}), values.shaped({9, 2, 5}));
+    }
+    cache.advance(2, 3);
+    cache.advance(0, 4);
+    holds(fixture, cache, 2, count_up(0, 10));
+    holds(fixture, cache, 0, count_up(0, 19));
+    const auto few = fixture.upload(std::vector<float>(20));
+    const auto refused = specattn::pass_layout<B>{layout.slot_offsets, layout.kv_lens, on_rows.shaped({2})};
+    CHECK_THROWS_WITH_AS(cache.append(fixture.context(), 0, refused, few.shaped({2, 2, 5}), few.shaped({2, 2, 5})),
+                         doctest::Contains("4 slot_offsets, 3 kv_lens and 2 cache_rows"), contract_error);
+  }
+}
+
+TEST_CASE_TEMPLATE("kv_cache: long lists, alike or each its own, and a table of thousands of pages", Fixture,
+                   kv_cache_fixture) {
+  using B = typename Fixture::backend;
+  constexpr std::int32_t length = 20000, head_dim = 8;
+  std::vector<float> rows(std::size_t{2} * length * head_dim);
+  for (std::size_t i = 0; i < rows.size(); ++i) rows[i] = static_cast<float>(i);
+  std::mt19937 random(7);
+  for (const std::int32_t page_size : {0, 4}) {
+    for (const bool alike : {true, false}) {
+      Fixture fixture;
+      specattn::kv_cache<float, B> cache({2, 2, 2, head_dim, length, page_size, 0});
+      const auto from = fixture.upload(rows);
+      const auto first = from.shaped({length, 2, head_dim});
+      for (int layer = 0; layer < 2; ++layer) cache.append(fixture.context(), layer, 1, first, first);
+      cache.advance(1, length);
+      std::vector<std::int32_t> lists;
+      for (int list = 0; list < (alike ? 1 : 4); ++list) {
+        auto all = count_up(0, length);
+        std::shuffle(all.begin() + 5, all.end(), random);
+        std::sort(all.begin(), all.begin() + 9001);
+        lists.insert(lists.end(), all.begin(), all.begin() + 9001);
+      }
+      cache.keep(fixture.context(), 1,
+                 specattn::view<const std::int32_t, 2>(lists.data(), {4, 9001}, {alike ? 0 : 9001, 1}));
+      const std::vector<std::int32_t> kept = lists;
+      std::fill(lists.begin(), lists.end(), -1);  // they may go when keep() has returned
+      for (int list = 0; list < 4; ++list) {
+        const auto view = cache.layer(list / 2);
+        const std::vector<std::int32_t> table = fixture.read(view.block_table.data(), view.block_table.size());
+        auto on_host = view;
+        on_host.block_table = {table.data(), view.block_table.extents()};
+        const auto stored = fixture.read(list % 2 == 0 ? view.keys : view.values, 4 * length * head_dim);
+        int wrong = 0;
+        for (std::int32_t i = 0; i < 9001; ++i) {
+          const auto at = static_cast<std::size_t>(on_host.offset(1, i, list % 2));
+          const std::int32_t position = kept[static_cast<std::size_t>((alike ? 0 : list * 9001) + i)];
+          for (std::size_t d = 0; d < head_dim; ++d)
+            wrong += stored[at + d] != static_cast<float>((position * 2 + list % 2) * head_dim) + float(d) ? 1 : 0;
+        }
+        CHECK(wrong == 0);
+      }
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE("kv_cache: keep serves thousands of layers and heads", Fixture, kv_cache_fixture) {
+  Fixture fixture;
+  specattn::kv_cache<float, typename Fixture::backend> cache({1, 2100, 4, 1, 3, 0, 0});
+  const auto rows = fixture.upload(std::vector<float>{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12});
+  for (int layer = 0; layer < 2100; ++layer)
+    cache.append(fixture.context(), layer, 0, rows.shaped({3, 4, 1}), rows.shaped({3, 4, 1}));
+  cache.advance(0, 3);
+  std::vector<std::int32_t> lists;
+  for (int list = 0; list < 8400; ++list) lists.push_back(list % 3);
+  cache.keep(fixture.context(), 0, specattn::view<const std::int32_t, 2>(lists.data(), {8400, 1}));
+  const auto stored = fixture.read(cache.layer(0).keys, 8400 * 3);
+  int wrong = 0;
+  for (int list = 0; list < 8400; ++list)
+    wrong += stored[static_cast<std::size_t>(list * 3)] != static_cast<float>(list % 3 * 4 + list % 4 + 1) ? 1 : 0;
+  CHECK(wrong == 0);
 }
 
 TEST_CASE_TEMPLATE("kv_cache: errors name the values and leave the cache unchanged", Fixture, kv_cache_fixture) {

@@ -11,15 +11,6 @@
 
 namespace specattn::inline v0_1 {
 
-/// Which slots of a pass belong to which sequence. A sequence may have no slots; it is then left alone.
-template <backend B = cpu>
-struct pass_layout {
-  view<const std::int32_t, 1, B> slot_offsets;  ///< [sequences + 1]
-  view<const std::int32_t, 1, B> kv_lens;       ///< [sequences] prefix lengths
-  view<const std::int32_t, 1, B> cache_rows;    ///< [sequences]
-  std::int32_t sequences() const { return static_cast<std::int32_t>(kv_lens.extent(0)); }
-};
-
 /// A function to be called with a layer's queries before it attends, for guides that look at them.
 template <backend B = cpu>
 struct layer_hook {
@@ -46,13 +37,7 @@ class attention_pass {
 
   void operator()(std::int32_t layer, view<const float, 3, B> q, view<const float, 3, B> k, view<const float, 3, B> v,
                   view<float, 3, B> out) {
-    const std::int32_t sequences = layout_.sequences();
-    for (std::int32_t s = 0; s < sequences; ++s) {
-      const std::int32_t first = layout_.slot_offsets[s];
-      const std::int32_t count = layout_.slot_offsets[s + 1] - first;
-      if (count > 0)
-        cache_->append(*ctx_, layer, layout_.cache_rows[s], k.slice(first, count), v.slice(first, count));
-    }
+    cache_->append(*ctx_, layer, layout_, k, v);
     if (hook_.call != nullptr) hook_.call(hook_.object, layer, q);
 
     attend_args<T, B> args;
@@ -63,7 +48,7 @@ class attention_pass {
     args.cache_rows = layout_.cache_rows;
     args.out = out;
     if (!kept_.counts.empty()) {
-      const std::ptrdiff_t groups = std::ptrdiff_t{sequences} * args.kv.kv_heads;
+      const std::ptrdiff_t groups = std::ptrdiff_t{layout_.sequences()} * args.kv.kv_heads;
       args.kept = kept_.slice(layer * groups, groups);
       args.kept_sequence_stride = args.kv.kv_heads;
     }

@@ -57,12 +57,23 @@ struct kv_cache_shape {
   std::int32_t pages = 0;          ///< paged: pages in the pool; 0: enough for every sequence at max_positions
 };
 
+/// Which slots of a pass belong to which sequence. A sequence may have no slots; it is then left alone.
+template <backend B = cpu>
+struct pass_layout {
+  view<const std::int32_t, 1, B> slot_offsets;  ///< [sequences + 1]
+  view<const std::int32_t, 1, B> kv_lens;       ///< [sequences] prefix lengths
+  view<const std::int32_t, 1, B> cache_rows;    ///< [sequences]
+  SPECATTN_HD std::int32_t sequences() const { return static_cast<std::int32_t>(kv_lens.extent(0)); }
+};
+
 namespace detail {
 
 /// What a backend does for a cache; the members are
 ///   write(ctx, layer, row, first, k, v)                              float rows into the cache, rounded
+///   write(ctx, layer, layout, k, v)                                  the same for a batch; not on the cpu
 ///   compact(ctx, layer 0, layer stride, layers, row, positions)      kept rows to the front, in every layer and head
-///   publish(ctx, host table, table)                                  the block table to where kernels read it
+///   publish(ctx, entries, count, table)                              entries of the block table to where kernels read
+///                                                                    it; not on the cpu
 /// incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
 template <backend B>
 struct kv_cache_impl;
@@ -120,7 +131,7 @@ template <storage T, backend B = cpu>
 class kv_cache {
  public:
   /// Bytes of keys, values and block table that a cache of this shape allocates, known before it is made. (The
-  /// bookkeeping on the host adds 16 bytes a row and 4 for each page and block table entry.)
+  /// bookkeeping on the host adds 24 bytes a row and 4 for each page and block table entry.)
   static std::size_t bytes(const kv_cache_shape& shape) {
     const detail::kv_cache_layout layout(shape);
     return 2 * static_cast<std::size_t>(layout.elements) * sizeof(T) +
@@ -139,15 +150,14 @@ class kv_cache {
         host_table_(table_.size(), 0),
         rows_(static_cast<std::size_t>(shape.sequences)) {
     if (!paged()) {
-      for (std::size_t row = 0; row < rows_.size(); ++row) {
-        set_entry(row, static_cast<std::int32_t>(row));
-        rows_[row].pages = 1;
+      for (std::int32_t row = 0; row < shape.sequences; ++row) {
+        row_state& r = rows_[static_cast<std::size_t>(row)];
+        set_entry(r, row, r.pages++, row);
       }
     } else {
       free_.reserve(static_cast<std::size_t>(layout_.pages));
       for (std::int32_t page = layout_.pages; page-- > 0;) free_.push_back(page);  // taken from the back: 0 first
     }
-    dirty_ = !std::is_same_v<B, cpu>;
   }
 
   const kv_cache_shape& shape() const { return shape_; }
@@ -185,7 +195,7 @@ class kv_cache {
     detail::expects(need <= free_pages(), "kv_cache: cache full: row ", row, " needs ", need, " more pages of ",
                     shape_.page_size, " positions, ", free_pages(), " of ", layout_.pages, " are free");
     for (std::int32_t i = 0; i < need; ++i) {
-      set_entry(entry(row, r.pages++), free_.back());
+      set_entry(r, row, r.pages++, free_.back());
       free_.pop_back();
     }
   }
@@ -197,10 +207,7 @@ class kv_cache {
               view<const float, 3, B> v, std::int32_t at = 0) {
     const row_state& r = checked(row, "append");
     check_layer(layer, "append");
-    detail::expects(k.extents() == v.extents() && k.extent(1) == shape_.kv_heads && k.extent(2) == shape_.head_dim,
-                    "kv_cache: append of k [", k.extent(0), ", ", k.extent(1), ", ", k.extent(2), "] and v [",
-                    v.extent(0), ", ", v.extent(1), ", ", v.extent(2), "] to a cache of ", shape_.kv_heads,
-                    " kv_heads, head_dim ", shape_.head_dim);
+    check_rows(k, v);
     detail::expects(at >= 0 && k.extent(0) <= shape_.max_positions - r.length - (std::min)(at, shape_.max_positions),
                     "kv_cache: cache full: row ", row, " holds ", r.length, " positions, ", k.extent(0),
                     " were appended at ", at, " behind them, max_positions is ", shape_.max_positions);
@@ -209,6 +216,30 @@ class kv_cache {
     if (r.length + at + count > capacity(row)) reserve(row, at + count);
     publish(ctx);
     detail::kv_cache_impl<B>::write(ctx, this->layer(layer), row, r.length + at, k, v);
+  }
+  /// The same for a batch in one call, behind the layout's kv_lens: \p k and \p v hold the slots of all sequences.
+  /// cuda: one launch that reads the layout on the device, so that a captured graph follows it. There the pages must be
+  /// reserved and published, rows of k and v beyond the last offset are left out, and a place outside the cache is not
+  /// detected.
+  void append(context<B>& ctx, std::int32_t layer, const pass_layout<B>& layout, view<const float, 3, B> k,
+              view<const float, 3, B> v) {
+    check_layer(layer, "append");
+    check_rows(k, v);
+    detail::expects(
+        layout.slot_offsets.extent(0) == layout.sequences() + 1 && layout.cache_rows.extent(0) == layout.sequences(),
+        "kv_cache: append of ", layout.slot_offsets.extent(0), " slot_offsets, ", layout.sequences(), " kv_lens and ",
+        layout.cache_rows.extent(0), " cache_rows");
+    if constexpr (std::is_same_v<B, cpu>) {
+      for (std::int32_t s = 0; s < layout.sequences(); ++s) {
+        const std::int32_t row = layout.cache_rows[s], first = layout.slot_offsets[s];
+        const std::int32_t count = layout.slot_offsets[s + 1] - first;
+        if (count == 0) continue;
+        append(ctx, layer, row, k.slice(first, count), v.slice(first, count), layout.kv_lens[s] - length(row));
+      }
+    } else {
+      publish(ctx);
+      detail::kv_cache_impl<B>::write(ctx, this->layer(layer), layout, k, v);
+    }
   }
   /// Counts `count` appended positions in.
   void advance(std::int32_t row, std::int32_t count) {
@@ -242,6 +273,7 @@ class kv_cache {
 
   /// Index-based pruning: compacts the row to `positions` (strictly ascending, < length), in every layer and kv
   /// head alike, and frees the pages behind. Keys keep the rotation of their original position.
+  /// \sync cuda: queued on the context's stream; the lists are copied here and may go when the call returns
   void keep(context<B>& ctx, std::int32_t row, std::span<const std::int32_t> positions) {
     const std::ptrdiff_t lists = static_cast<std::ptrdiff_t>(shape_.layers) * shape_.kv_heads;
     const auto count = static_cast<std::ptrdiff_t>(positions.size());
@@ -272,12 +304,31 @@ class kv_cache {
     return result;
   }
 
-  /// Brings the block table to where kernels read it, if it changed. append() and keep() do so themselves; a
-  /// captured graph wants it called after reserve(). On the cpu there is nothing to do.
+  /// Brings what changed of the block table to where kernels read it. append() and keep() do so themselves; a captured
+  /// graph wants it called after reserve(), before capture and replay. On the cpu there is nothing to do.
+  /// \sync cuda: queued on the context's stream, a launch for each run of changed entries; the entries are copied here
   void publish(context<B>& ctx) {
-    if (!dirty_) return;
-    detail::kv_cache_impl<B>::publish(ctx, host_table_, table_);
-    dirty_ = false;
+    if constexpr (!std::is_same_v<B, cpu>) {
+      if (!stale_) return;
+      std::size_t first = 0, end = 0;  // a run, over the rows' ends where they touch
+      const auto send = [&] {
+        if (first == end) return;
+        detail::kv_cache_impl<B>::publish(ctx, host_table_.data() + first, static_cast<std::ptrdiff_t>(end - first),
+                                          table_.data() + first);
+      };
+      for (std::int32_t row = 0; row < shape_.sequences; ++row) {
+        row_state& r = rows_[static_cast<std::size_t>(row)];
+        if (r.stale_end == 0) continue;
+        if (entry(row, r.stale_first) != end) {
+          send();
+          first = entry(row, r.stale_first);
+        }
+        end = entry(row, r.stale_end);
+        r.stale_first = r.stale_end = 0;
+      }
+      send();
+      stale_ = false;
+    }
   }
 
  private:
@@ -285,7 +336,8 @@ class kv_cache {
     std::int32_t length = 0;
     std::int32_t next_position = 0;
     std::int32_t pages = 0;
-    std::int32_t compacted = 0;  ///< leading positions that keep() made
+    std::int32_t compacted = 0;                   ///< leading positions that keep() made
+    std::int32_t stale_first = 0, stale_end = 0;  ///< entries of the block table not published yet
   };
 
   const row_state& checked(std::int32_t row, const char* operation) const {
@@ -299,6 +351,12 @@ class kv_cache {
   void check_layer(std::int32_t layer, const char* operation) const {
     detail::expects(layer >= 0 && layer < shape_.layers, "kv_cache: ", operation, " of layer ", layer, " of ",
                     shape_.layers);
+  }
+  void check_rows(const view<const float, 3, B>& k, const view<const float, 3, B>& v) const {
+    detail::expects(k.extents() == v.extents() && k.extent(1) == shape_.kv_heads && k.extent(2) == shape_.head_dim,
+                    "kv_cache: append of k [", k.extent(0), ", ", k.extent(1), ", ", k.extent(2), "] and v [",
+                    v.extent(0), ", ", v.extent(1), ", ", v.extent(2), "] to a cache of ", shape_.kv_heads,
+                    " kv_heads, head_dim ", shape_.head_dim);
   }
   void check_lists(view<const std::int32_t, 2, cpu> positions, std::int32_t length) const {
     const std::ptrdiff_t lists = static_cast<std::ptrdiff_t>(shape_.layers) * shape_.kv_heads;
@@ -326,12 +384,14 @@ class kv_cache {
     while (r.pages > needed) free_.push_back(host_table_[entry(row, --r.pages)]);
   }
   /// On the cpu, kernels read the table as it is.
-  void set_entry(std::size_t entry, std::int32_t page) {
-    host_table_[entry] = page;
+  void set_entry(row_state& r, std::int32_t row, std::int32_t page, std::int32_t number) {
+    host_table_[entry(row, page)] = number;
     if constexpr (std::is_same_v<B, cpu>) {
-      table_.data()[entry] = page;
+      table_.data()[entry(row, page)] = number;
     } else {
-      dirty_ = true;
+      if (r.stale_end == 0 || page < r.stale_first) r.stale_first = page;
+      r.stale_end = (std::max)(r.stale_end, page + 1);
+      stale_ = true;
     }
   }
 
@@ -343,7 +403,7 @@ class kv_cache {
   std::vector<std::int32_t> host_table_;
   std::vector<row_state> rows_;
   std::vector<std::int32_t> free_;
-  bool dirty_ = false;
+  bool stale_ = false;  // some row has entries that are not published
 };
 
 }  // namespace specattn::inline v0_1

@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 
 #include "../kv_cache.hpp"
 #include "context.hpp"
@@ -59,9 +58,6 @@ struct kv_cache_impl<cpu> {
       }
     });
   }
-
-  /// The table is written in place: nothing to bring anywhere.
-  static void publish(context<cpu>&, const std::vector<std::int32_t>&, const buffer<std::int32_t, cpu>&) {}
 };
 
 }  // namespace specattn::inline v0_1::detail
