@@ -260,4 +260,62 @@ TEST_CASE_TEMPLATE("verify: a round that drafts nothing emits what plain samplin
   }
 }
 
+TEST_CASE_TEMPLATE("sample and verify: read logits and probabilities of any stride", Fixture, verify_fixture) {
+  using specattn::view;
+  using B = typename Fixture::backend;
+  Fixture fixture;
+  auto& ctx = fixture.context();
+  std::mt19937 random(2);
+  constexpr std::ptrdiff_t vocab = 300;
+  const row logits = random_row(vocab, random), other = random_row(vocab, random);
+  row wide(2 * vocab);
+  for (std::size_t i = 0; i < vocab; ++i) {
+    wide[2 * i] = logits[i];
+    wide[2 * i + 1] = other[i];
+  }
+  const auto wide_on = fixture.upload(wide);
+  for (const float temperature : {0.0f, 1.0f}) {
+    const std::vector<sampler_options> samplers(2, hot(5, temperature));
+    const std::vector<std::int64_t> positions{3, 4};
+    const auto want = draw(fixture, {logits, other}, samplers, positions, random_use::draft);
+    ctx.reserve_workspace(specattn::verify_workspace_bytes(ctx, 2, vocab));
+    const auto out_on = fixture.upload(row(2 * vocab, -1.0f));
+    const auto tokens_on = fixture.upload(tokens(2));
+    const auto samplers_on = fixture.upload(samplers);
+    const auto positions_on = fixture.upload(positions);
+    specattn::sample<B>(ctx, view<const float, 2, B>(wide_on.data(), {2, vocab}, {1, 2}),
+                        view<const sampler_options, 1, B>(samplers_on.data(), {2}),
+                        view<const std::int64_t, 1, B>(positions_on.data(), {2}), random_use::draft,
+                        view<float, 2, B>(out_on.data(), {2, vocab}, {1, 2}),
+                        view<std::int32_t, 1, B>(tokens_on.data(), {2}));
+    CHECK(fixture.download(tokens_on) == want.token);
+    const row out = fixture.download(out_on);
+    for (std::size_t i = 0; i < vocab; ++i) REQUIRE(out[2 * i + 1] == want.probabilities[1][i]);
+
+    const auto plain = judge(fixture, {turn{{logits, other}, {want.probabilities[1]}, {7}, samplers[0], 3}})[0];
+    const auto offsets = fixture.upload(tokens{0, 2}), drafted = fixture.upload(tokens{7});
+    const auto accepted = fixture.upload(tokens{stale}), next = fixture.upload(tokens{stale});
+    specattn::verify_args<B> args;
+    args.target_logits = {wide_on.data(), {2, vocab}, {1, 2}};
+    args.draft_probabilities = {out_on.data() + 1, {1, vocab}, {1, 2}};
+    args.drafted = {drafted.data(), {1}};
+    args.slot_offsets = {offsets.data(), {2}};
+    args.samplers = {samplers_on.data(), {1}};
+    args.positions = {positions_on.data(), {1}};
+    args.accepted = {accepted.data(), {1}};
+    args.next_token = {next.data(), {1}};
+    specattn::verify(ctx, args);
+    CHECK(outcome{fixture.download(accepted)[0], fixture.download(next)[0]} == plain);
+  }
+}
+
+TEST_CASE_TEMPLATE("verify: a negative draft probability counts as zero", Fixture, verify_fixture) {
+  Fixture fixture;
+  std::vector<turn> turns;
+  for (std::uint64_t seed = 0; seed < 200; ++seed) {
+    turns.push_back({{{1, 1, -infinite}, {0, 0, 0}}, {{-1e30f, 1, 0}}, {1}, hot(seed), 0});
+  }
+  for (const outcome& one : judge(fixture, turns)) CHECK((one.accepted == 1 || one.next == 0));
+}
+
 }  // namespace verify_testing

@@ -40,47 +40,6 @@ TEST_CASE("verify: any number of threads gives the same outcome") {
   CHECK(write(one, pair, sampler, sampler, 60, 4, 30).text == write(four, pair, sampler, sampler, 60, 4, 30).text);
 }
 
-TEST_CASE("sample and verify: read logits and probabilities of any stride") {
-  cpu_fixture fixture(1);
-  auto& ctx = fixture.context();
-  std::mt19937 random(2);
-  constexpr std::ptrdiff_t vocab = 300;
-  const row logits = random_row(vocab, random), other = random_row(vocab, random);
-  row wide(2 * vocab);
-  for (std::size_t i = 0; i < vocab; ++i) {
-    wide[2 * i] = logits[i];
-    wide[2 * i + 1] = other[i];
-  }
-  ctx.reserve_workspace(specattn::verify_workspace_bytes(ctx, 2, vocab));
-  for (const float temperature : {0.0f, 1.0f}) {
-    const std::vector<sampler_options> samplers(2, hot(5, temperature));
-    const std::vector<std::int64_t> positions{3, 4};
-    const auto want = draw(fixture, {logits, other}, samplers, positions, random_use::draft);
-    row out(2 * vocab, -1.0f);
-    tokens got(2);
-    specattn::sample<specattn::cpu>(ctx, {wide.data(), {2, vocab}, {1, 2}}, {samplers.data(), {2}},
-                                    {positions.data(), {2}}, random_use::draft, {out.data(), {2, vocab}, {1, 2}},
-                                    {got.data(), {2}});
-    CHECK(got == want.token);
-    for (std::size_t i = 0; i < vocab; ++i) REQUIRE(out[2 * i + 1] == want.probabilities[1][i]);
-
-    const auto plain = judge(fixture, {turn{{logits, other}, {want.probabilities[1]}, {7}, samplers[0], 3}})[0];
-    specattn::verify_args<> args;
-    const tokens offsets{0, 2}, drafted{7};
-    outcome strided;
-    args.target_logits = {wide.data(), {2, vocab}, {1, 2}};
-    args.draft_probabilities = {out.data() + 1, {1, vocab}, {1, 2}};
-    args.drafted = {drafted.data(), {1}};
-    args.slot_offsets = {offsets.data(), {2}};
-    args.samplers = {samplers.data(), {1}};
-    args.positions = {positions.data(), {1}};
-    args.accepted = {&strided.accepted, {1}};
-    args.next_token = {&strided.next, {1}};
-    specattn::verify(ctx, args);
-    CHECK(strided == plain);
-  }
-}
-
 TEST_CASE("verify: broken arguments are refused by name") {
   cpu_fixture fixture(1);
   const row logits{0, 1, 2};

@@ -63,7 +63,7 @@ struct verify_impl<cpu> {
       tokens[row] = total > 0.0 ? draw_token(mine.weights, vocab, u * total) : no_token;
       if (probabilities.empty()) return;
       const view<float, 1> out = probabilities[row];
-      const float scale = total > 0.0 ? static_cast<float>(1.0 / total) : 0.0f;
+      const float scale = probability_scale(total);
       for (std::ptrdiff_t i = 0; i < vocab; ++i) out[i] = scale > 0.0f ? mine.weights[i] * scale : 0.0f;
     });
   }
@@ -127,7 +127,7 @@ struct verify_impl<cpu> {
     if (!last) {
       const view<const float, 1> draft = args.draft_probabilities[entry];
       const std::int32_t token = args.drafted[entry];
-      const float scale = static_cast<float>(1.0 / total);
+      const float scale = probability_scale(total);
       out.accepted =
           accepts(uniform(options.seed, position, random_use::accept), mine.weights[token] * scale, draft[token]);
       if (out.accepted) return;
@@ -145,9 +145,9 @@ struct verify_impl<cpu> {
     const std::ptrdiff_t vocab = draft.extent(0), stride = draft.stride(0);
     const float* q = draft.data();
     if (stride == 1) {
-      for (std::ptrdiff_t i = 0; i < vocab; ++i) weights[i] = residual(weights[i] * scale, q[i]);
+      for (std::ptrdiff_t i = 0; i < vocab; ++i) weights[i] = residual(product(weights[i], scale), q[i]);
     } else {
-      for (std::ptrdiff_t i = 0; i < vocab; ++i) weights[i] = residual(weights[i] * scale, q[i * stride]);
+      for (std::ptrdiff_t i = 0; i < vocab; ++i) weights[i] = residual(product(weights[i], scale), q[i * stride]);
     }
     return sum_row(weights, vocab);
   }
