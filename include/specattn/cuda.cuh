@@ -2,4 +2,6 @@
 #pragma once
 
 #include "cuda/context.cuh"
+#include "cuda/kv_cache.cuh"
 #include "cuda/select.cuh"
+#include "cuda/verify.cuh"
