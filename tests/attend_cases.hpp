@@ -4,6 +4,7 @@
 //   upload(vector<T>), download(b)     host data to the backend's buffer and back
 //   soil_workspace()                   fills the workspace with garbage
 //   to_the_bit                         results do not depend on how work is divided
+//   tolerance<T>                       of the largest difference from the oracle, T being the cache's storage
 #pragma once
 
 #include <doctest/doctest.h>

@@ -321,9 +321,10 @@ differences compare(const problem<T>& p, const answer& a) {
 template <class Fixture, specattn::storage T>
 void agrees_with_oracle(Fixture& fixture, const problem<T>& p) {
   const auto d = compare(p, run(fixture, p));
-  CHECK_FALSE(!(d.out <= 2e-5));  // NaN fails too
-  CHECK_FALSE(!(d.lse <= 2e-5));
-  CHECK_FALSE(!(d.weights <= 2e-5));
+  constexpr double tolerance = Fixture::template tolerance<T>;
+  CHECK_FALSE(!(d.out <= tolerance));  // NaN fails too
+  CHECK_FALSE(!(d.lse <= tolerance));
+  CHECK_FALSE(!(d.weights <= tolerance));
   CHECK_FALSE(!(d.sum <= 2e-5));
   CHECK(d.untouched_behind);
 }

@@ -4,7 +4,11 @@
 #include "cpu_fixture.hpp"
 #include "specattn/cpu/kv_cache.hpp"
 
-using attend_fixture = cpu_fixture;
+struct attend_fixture : cpu_fixture {
+  using cpu_fixture::cpu_fixture;
+  template <class T>
+  static constexpr double tolerance = 2e-5;
+};
 
 #include "attend_cases.hpp"
 

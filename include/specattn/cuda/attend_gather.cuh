@@ -1,0 +1,99 @@
+// Where the rows of a block's virtual positions lie, and what the warps that work on a block share.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+#include "../attention_state.hpp"
+#include "attend_plan.cuh"
+
+namespace specattn::inline v0_1::detail {
+
+inline constexpr float no_score = -std::numeric_limits<float>::infinity();  ///< of a position not attended to
+
+/// Virtual positions of one block to elements of the cache, in two steps of one dependent load each, so that a loop
+/// can have each under way ahead of its use.
+template <storage T>
+class attend_gather {
+ public:
+  attend_gather() = default;
+  __device__ attend_gather(const attend_args<T, cuda>& args, const device_block& b)
+      : kv_(&args.kv), head_(b.kv_head), kept_(b.kept), end_(b.attended), tail_(b.kv_len - b.kept) {
+    cache_row_ = args.cache_rows.empty() ? b.sequence : args.cache_rows[b.sequence];
+    if (kept_ < b.kv_len && kept_ > 0) {
+      list_ = &args.kept.positions(b.sequence * args.kept_sequence_stride + b.kv_head, 0);
+      list_stride_ = args.kept.positions.stride(1);
+    }
+    if (kv_->page_shift >= 31) base_ = kv_->offset(cache_row_, 0, head_);
+  }
+
+  /// The position at a virtual one; -1 behind the block's last.
+  __device__ std::int32_t position(std::int32_t at) const {
+    if (at >= end_) return -1;
+    if (at < kept_) return list_ != nullptr ? list_[at * list_stride_] : at;
+    return at + tail_;
+  }
+  /// The first element of a position's row; -1 for position -1.
+  __device__ std::ptrdiff_t offset(std::int32_t position) const {
+    if (position < 0) return -1;
+    if (kv_->page_shift >= 31) return base_ + position * kv_->position_stride;
+    return kv_->offset(cache_row_, position, head_);
+  }
+
+ private:
+  const kv_view<T, cuda>* kv_ = nullptr;
+  std::ptrdiff_t base_ = 0;
+  const std::int32_t* list_ = nullptr;
+  std::ptrdiff_t list_stride_ = 0;
+  std::int32_t cache_row_ = 0;
+  std::int32_t head_ = 0;
+  std::int32_t kept_ = 0;
+  std::int32_t end_ = 0;
+  std::int32_t tail_ = 0;  ///< a virtual position behind the prefix's is this much further on
+};
+
+/// Of the rows of the block at hand, in shared memory.
+struct attend_row_facts {
+  std::int32_t limits[attend_rows];        ///< virtual positions that a row attends to
+  std::ptrdiff_t recordings[attend_rows];  ///< where its entries are recorded; -1: nowhere
+  std::uint32_t recorded_rows;             ///< a bit for each
+  attention_state states[attend_rows];     ///< when the block is done
+
+  template <storage T>
+  __device__ void fill(const attend_launch<T>& launch, const device_block& b) {
+    const auto row = static_cast<int>(threadIdx.x);
+    if (row >= attend_rows) return;
+    const bool used = row < b.rows;
+    limits[row] = used ? b.kept + launch.slot_of(b, row) + 1 : 0;
+    const bool recorded = used && launch.records() && launch.recorded(b, row);
+    recordings[row] = recorded ? launch.recording_of(b, row) : -1;
+    const std::uint32_t all = __ballot_sync(~0u, recorded);
+    if (row == 0) recorded_rows = all;
+  }
+};
+
+/// Leaves a score where its weight will be; finish_weights() makes it one. Nothing is written past a recording's end.
+template <storage T>
+__device__ __forceinline__ void record_score(const attend_launch<T>& launch, const attend_row_facts& rows, int row,
+                                             std::int32_t at, float score) {
+  const auto& to = launch.args.recording.weights;
+  if (rows.recordings[row] >= 0 && at < rows.limits[row] && at < to.extent(2))
+    to.data()[rows.recordings[row] + at * to.stride(2)] = score;
+}
+
+/// Makes recorded scores [from, to) of a row its weights; `lane` of `lanes` threads.
+__device__ __forceinline__ void finish_weights(view<float, 3, cuda> recording, std::ptrdiff_t row, std::int32_t from,
+                                               std::int32_t to, attention_state state, int lane, int lanes) {
+  const float scale = finish_scale(state);
+  const std::ptrdiff_t stride = recording.stride(2);
+  float* weights = recording.data() + row;
+  const auto end = static_cast<std::int32_t>(to < recording.extent(2) ? to : recording.extent(2));
+#pragma unroll 8
+  for (std::int32_t i = from + lane; i < end; i += lanes)
+    weights[i * stride] = std::exp(weights[i * stride] - state.max) * scale;
+}
+
+}  // namespace specattn::inline v0_1::detail

@@ -1,0 +1,320 @@
+// A warp's loop over the positions of a block, on tensor cores.
+//
+// A warp streams tiles of 16 positions through its own ring of shared memory: keys and values gathered by
+// asynchronous 16-byte copies, no barrier wider than the warp. Positions are the 16-high side of both products
+// (scores^T = K q^T, out^T = V^T weights^T) and query rows the 8-wide one: 24 rows are three columns of products,
+// and a score's registers, transposed in place, are the second product's operand. Queries and weights are sums of
+// two 16-bit elements each, so that only the cache's own rounding shows.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "attend_gather.cuh"
+#include "attend_plan.cuh"
+#include "mma.cuh"
+
+namespace specattn::inline v0_1::detail {
+
+/// \tparam HeadDim  32, 64, 128 or 256: head_dim or the next above it; the rest is zeros
+/// \tparam Columns  query rows in units of 8
+template <tensor_storage T, int HeadDim, int Columns>
+class tensor_tile {
+ public:
+  static constexpr int rows = 8 * Columns;
+  static constexpr int warps = HeadDim > 128 ? 4 : 8;
+  static constexpr int threads = 32 * warps;
+  static constexpr int most_stages = HeadDim > 128 ? 2 : HeadDim > 64 ? 3 : 4;
+  static constexpr int pitch = HeadDim + 4;  ///< of the sums in shared memory: their stores meet no bank twice
+
+  static std::size_t shared_bytes(int stages, int) { return query_bytes + warps * region_bytes(stages); }
+
+  __device__ tensor_tile(const attend_launch<T>& launch, std::byte* memory, attend_row_facts& rows_of)
+      : launch_(launch), facts_(rows_of), queries_(reinterpret_cast<uint4*>(memory)) {
+    region_ = memory + query_bytes + warp() * region_bytes(launch.stages);
+    stages_ = shared_address(region_);
+  }
+
+  /// This warp's tiles of virtual positions [begin, end): every warps-th from its own on. All threads call; the
+  /// queries are loaded while the first tiles are on their way.
+  __device__ void run(const device_block& b, std::int32_t begin, std::int32_t end) {
+    clear();
+    const attend_gather<T> gather(launch_.args, b);
+    const std::int32_t stride = warps * attend_tile;
+    std::int32_t ahead = begin + warp() * attend_tile;  // the tile whose copies start next
+    const std::int32_t tiles = ahead < end ? (end - ahead + stride - 1) / stride : 0;
+    const auto position = [&](std::int32_t tile) {
+      return tile < end ? gather.position(tile + lane() % attend_tile) : -1;
+    };
+    std::ptrdiff_t offset = gather.offset(position(ahead));
+    std::int32_t next = position(ahead + stride);
+    std::uint32_t to = 0, at = 0;
+    const auto fetch = [&] {
+      start_copies(stages_ + to * stage_bytes, offset);
+      to = to + 1 < static_cast<std::uint32_t>(launch_.stages) ? to + 1 : 0;
+      ahead += stride;
+      offset = gather.offset(next);
+      next = position(ahead + stride);
+    };
+    for (std::int32_t i = 1; i < launch_.stages; ++i) fetch();
+    load_queries(b);
+    __syncthreads();
+    const std::int32_t all = b.kept + launch_.slot_of(b, 0) + 1;  // every row attends to those before
+    for (std::int32_t i = 0; i < tiles; ++i) {
+      await_stage();
+      __syncwarp();
+      fetch();
+      consume(stages_ + at * stage_bytes, begin + (i * warps + warp()) * attend_tile, all);
+      at = at + 1 < static_cast<std::uint32_t>(launch_.stages) ? at + 1 : 0;
+    }
+    await_copies<0>();
+    __syncwarp();
+  }
+
+  /// Leaves this warp's sums and states in its memory, for sums_of() and states_of() behind a barrier.
+  __device__ void leave() {
+    float* sums = reinterpret_cast<float*>(region_);
+#pragma unroll
+    for (int n = 0; n < Columns; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = row_of(n, e);
+#pragma unroll
+        for (int d = 0; d < steps; ++d) sums[row * pitch + d * 16 + lane() / 4 + e / 2 * 8] = sums_[d][n][e];
+      }
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float total = over_positions(total_[n][e], [](float a, float b) { return a + b; });
+        if (lane() < 4) states_of(warp())[row_of(n, e)] = {max_[n][e], total};
+      }
+    }
+  }
+  __device__ const float* sums_of(int of_warp, int row) const {
+    return reinterpret_cast<const float*>(region_ + (of_warp - warp()) * region_bytes(launch_.stages)) + row * pitch;
+  }
+  __device__ attention_state* states_of(int of_warp) const {
+    return reinterpret_cast<attention_state*>(region_ + (of_warp - warp()) * region_bytes(launch_.stages) +
+                                              rows * pitch * sizeof(float));
+  }
+
+ private:
+  static constexpr float log2_e = 1.4426950408889634f;
+  static constexpr int steps = HeadDim / 16;
+  static constexpr int chunks = HeadDim / 8;  ///< of 16 bytes, in a row
+  static constexpr std::uint32_t row_bytes = HeadDim * 2;
+  static constexpr std::uint32_t values_at = attend_tile * row_bytes;
+  static constexpr std::uint32_t stage_bytes = 2 * values_at;
+  static constexpr std::size_t query_bytes = Columns * steps * 32 * sizeof(uint4);
+
+  SPECATTN_HD static constexpr std::size_t region_bytes(int stages) {
+    const std::size_t ring = static_cast<std::size_t>(stages) * stage_bytes;
+    const std::size_t sums = rows * (pitch * sizeof(float) + sizeof(attention_state));
+    return ((ring > sums ? ring : sums) + 127) / 128 * 128;
+  }
+  __device__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
+  __device__ static int warp() { return static_cast<int>(threadIdx.x) / 32; }
+  /// The row of register e of column n; registers 2 and 3 are eight positions (or eight of head_dim) further on.
+  __device__ static int row_of(int n, int e) { return n * 8 + lane() % 4 * 2 + e % 2; }
+  /// Where a chunk of a row lies in the row: eight rows' same chunk are in different banks.
+  __device__ static std::uint32_t swizzled(int row, int chunk) {
+    constexpr int rows_a_line = chunks < 8 ? 8 / chunks : 1;
+    return static_cast<std::uint32_t>(chunk ^ (row / rows_a_line % (chunks < 8 ? chunks : 8))) * 16;
+  }
+  template <class Op>
+  __device__ static float over_positions(float x, Op op) {
+#pragma unroll
+    for (int distance = 4; distance < 32; distance *= 2) x = op(x, __shfl_xor_sync(~0u, x, distance));
+    return x;
+  }
+
+  __device__ void clear() {
+#pragma unroll
+    for (int n = 0; n < Columns; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+#pragma unroll
+        for (int d = 0; d < steps; ++d) sums_[d][n][e] = 0.0f;
+        max_[n][e % 2] = no_score;
+        total_[n][e % 2] = 0.0f;
+      }
+    }
+  }
+
+  /// The block's queries as operands of the score product: for each column of rows and 16 of head_dim a lane's four
+  /// words, the high parts and what rounding them left.
+  __device__ __forceinline__ void load_queries(const device_block& b) {
+    constexpr int pairs = (rows * (HeadDim / 2) + threads - 1) / threads;  // of each thread
+    const auto& q = launch_.args.q;
+    float x[pairs][2] = {};
+#pragma unroll
+    for (int p = 0; p < pairs; ++p) {  // all loads are under way before the first is used
+      const int i = p * threads + static_cast<int>(threadIdx.x);
+      const int row = i / (HeadDim / 2), d = i % (HeadDim / 2) * 2;
+      if (row >= b.rows) continue;
+      const float* from = &q(b.sequence_slot + launch_.slot_of(b, row), launch_.head_of(b, row), 0);
+      if (d < q.extent(2)) x[p][0] = from[d * q.stride(2)];
+      if (d + 1 < q.extent(2)) x[p][1] = from[(d + 1) * q.stride(2)];
+    }
+#pragma unroll
+    for (int p = 0; p < pairs; ++p) {
+      const int i = p * threads + static_cast<int>(threadIdx.x);
+      const int row = i / (HeadDim / 2), d = i % (HeadDim / 2) * 2;
+      if (row >= rows) break;
+      const split_pair pair = split<T>(x[p][0] * launch_.scale, x[p][1] * launch_.scale);
+      auto* words =
+          reinterpret_cast<std::uint32_t*>(queries_ + ((row / 8) * steps + d / 16) * 32 + row % 8 * 4 + d % 8 / 2);
+      words[d / 8 % 2] = pair.high;
+      words[2 + d / 8 % 2] = pair.low;
+    }
+  }
+
+  /// Copies a tile's keys and values; lane l holds the offset of position l % 16.
+  __device__ __forceinline__ void start_copies(std::uint32_t stage, std::ptrdiff_t offset) {
+    const int used = launch_.args.kv.head_dim / 8;
+#pragma unroll
+    for (int i = 0; i < attend_tile * chunks / 32; ++i) {
+      const int row = (i * 32 + lane()) / chunks, chunk = (i * 32 + lane()) % chunks;
+      const std::ptrdiff_t from = __shfl_sync(~0u, offset, row);
+      const bool wanted = from >= 0 && chunk < used;
+      const std::ptrdiff_t element = wanted ? from + chunk * 8 : 0;
+      const std::uint32_t to = stage + static_cast<std::uint32_t>(row) * row_bytes + swizzled(row, chunk);
+      copy_16_bytes(to, launch_.args.kv.keys + element, wanted);
+      copy_16_bytes(to + values_at, launch_.args.kv.values + element, wanted);
+    }
+    commit_copies();
+  }
+  __device__ void await_stage() const {
+    if (launch_.stages == 2) return await_copies<0>();
+    if (launch_.stages == 3) return await_copies<1>();
+    await_copies<2>();
+  }
+
+  __device__ __forceinline__ void consume(std::uint32_t stage, std::int32_t first, std::int32_t all) {
+    float scores[Columns][4];
+    score(stage, scores);
+    if (first + attend_tile > all) mask(first, scores);
+    if (launch_.records()) {
+#pragma unroll
+      for (int n = 0; n < Columns; ++n) {
+        if ((facts_.recorded_rows >> (8 * n) & 0xffu) == 0) continue;
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          record_score(launch_, facts_, row_of(n, e), first + lane() / 4 + e / 2 * 8, scores[n][e]);
+      }
+    }
+    soften(scores);
+    add(stage + values_at, scores);
+  }
+
+  __device__ __forceinline__ void score(std::uint32_t keys, float (&scores)[Columns][4]) const {
+    float low[Columns][4] = {};
+#pragma unroll
+    for (int n = 0; n < Columns; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) scores[n][e] = 0.0f;
+    const int row = lane() % 16;
+#pragma unroll
+    for (int d = 0; d < steps; ++d) {
+      std::uint32_t k[4];
+      load_matrices(k, keys + static_cast<std::uint32_t>(row) * row_bytes + swizzled(row, 2 * d + lane() / 16));
+#pragma unroll
+      for (int n = 0; n < Columns; ++n) {
+        const uint4 q = queries_[(n * steps + d) * 32 + lane()];
+        multiply_add<T>(scores[n], k, q.x, q.y);
+        multiply_add<T>(low[n], k, q.z, q.w);
+      }
+    }
+#pragma unroll
+    for (int n = 0; n < Columns; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) scores[n][e] += low[n][e];
+  }
+
+  __device__ __forceinline__ void mask(std::int32_t first, float (&scores)[Columns][4]) const {
+#pragma unroll
+    for (int n = 0; n < Columns; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (first + lane() / 4 + e / 2 * 8 >= facts_.limits[row_of(n, e)]) scores[n][e] = no_score;
+      }
+    }
+  }
+
+  /// Turns scores into weights relative to the rows' maxima so far; what was summed before is scaled to them.
+  __device__ __forceinline__ void soften(float (&scores)[Columns][4]) {
+    float top[Columns][2];
+    bool higher = false;
+#pragma unroll
+    for (int n = 0; n < Columns; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float found = over_positions(fmaxf(scores[n][e], scores[n][e + 2]), fmaxf);
+        top[n][e] = fmaxf(max_[n][e], found);
+        higher = higher || top[n][e] > max_[n][e];
+      }
+    }
+    if (__any_sync(~0u, higher)) raise(top);
+#pragma unroll
+    for (int n = 0; n < Columns; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const float base = top[n][e % 2] == no_score ? 0.0f : top[n][e % 2];
+        scores[n][e] = power_of_two((scores[n][e] - base) * log2_e);
+        total_[n][e % 2] += scores[n][e];
+      }
+    }
+  }
+  __device__ __forceinline__ void raise(const float (&top)[Columns][2]) {
+#pragma unroll
+    for (int n = 0; n < Columns; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float scale = max_[n][e] == top[n][e] ? 1.0f : power_of_two((max_[n][e] - top[n][e]) * log2_e);
+        max_[n][e] = top[n][e];
+        total_[n][e] *= scale;
+#pragma unroll
+        for (int d = 0; d < steps; ++d) {
+          sums_[d][n][e] *= scale;
+          sums_[d][n][e + 2] *= scale;
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void add(std::uint32_t values, const float (&weights)[Columns][4]) {
+    std::uint32_t high[Columns][2], low[Columns][2];
+#pragma unroll
+    for (int n = 0; n < Columns; ++n) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const split_pair pair = split<T>(weights[n][2 * half], weights[n][2 * half + 1]);
+        high[n][half] = transposed(pair.high);
+        low[n][half] = transposed(pair.low);
+      }
+    }
+    const int row = lane() % 8 + lane() / 16 * 8;
+#pragma unroll
+    for (int d = 0; d < steps; ++d) {
+      std::uint32_t v[4];
+      load_transposed(v,
+                      values + static_cast<std::uint32_t>(row) * row_bytes + swizzled(row, 2 * d + lane() / 8 % 2));
+#pragma unroll
+      for (int n = 0; n < Columns; ++n) multiply_add<T>(sums_[d][n], v, high[n][0], high[n][1]);
+#pragma unroll
+      for (int n = 0; n < Columns; ++n) multiply_add<T>(sums_[d][n], v, low[n][0], low[n][1]);
+    }
+  }
+
+  const attend_launch<T>& launch_;
+  const attend_row_facts& facts_;
+  uint4* queries_;
+  std::byte* region_;              ///< this warp's: the ring, then its sums and states
+  std::uint32_t stages_;           ///< the ring's address
+  float sums_[steps][Columns][4];  ///< of weight * value
+  float max_[Columns][2];
+  float total_[Columns][2];  ///< of this lane's weights
+};
+
+}  // namespace specattn::inline v0_1::detail

@@ -1,0 +1,217 @@
+// attend() on the device: the CPU's cases, and what only a device can get wrong.
+#include "specattn/cuda/attend.cuh"
+
+#include "cpu_fixture.hpp"
+#include "cuda_fixture.cuh"
+#include "specattn/cpu/attend.hpp"
+#include "specattn/cpu/kv_cache.hpp"
+#include "specattn/cuda/kv_cache.cuh"
+
+struct attend_fixture : cuda_fixture {
+  static constexpr bool to_the_bit = false;  // shares end where the batch's sum of positions says
+  /// Queries and weights meet a 16-bit cache with 16 bits or more of their own.
+  template <class T>
+  static constexpr double tolerance = std::is_same_v<T, specattn::bf16> ? 1e-4 : 2e-5;
+};
+
+#include "attend_cases.hpp"
+
+namespace attend_testing {
+
+void check(cudaError_t status) { specattn::detail::check_cuda(status, "test"); }
+
+/// The largest difference between two answers to one problem, NaN counted as infinite.
+double difference(const std::vector<float>& a, const std::vector<float>& b) {
+  if (a.size() != b.size()) return std::numeric_limits<double>::infinity();
+  double largest = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    const double d = std::abs(double{a[i]} - double{b[i]});
+    largest = d <= largest ? largest : d >= 0 ? d : std::numeric_limits<double>::infinity();
+  }
+  return largest;
+}
+
+template <specattn::storage T>
+void agrees_with_cpu(attend_fixture& fixture, const problem<T>& p) {
+  cpu_fixture cpu(8);
+  const answer want = run(cpu, p), got = run(fixture, p);
+  CHECK(difference(want.out, got.out) < attend_fixture::tolerance<T>);
+  CHECK(difference(want.lse, got.lse) < attend_fixture::tolerance<T>);
+  CHECK(difference(want.weights, got.weights) < attend_fixture::tolerance<T>);
+}
+
+TEST_CASE("attend on the device: long ragged batches, dense, listed and mixed, agree with the CPU") {
+  attend_fixture fixture;
+  for (const std::int32_t page_size : {0, 16}) {
+    for (const auto& [group, head_dim] : {std::pair{4, 128}, {8, 64}, {1, 128}, {2, 256}, {4, 96}, {7, 48}}) {
+      CAPTURE(group);
+      CAPTURE(head_dim);
+      pass_shape shape;
+      shape.kv_lens = {20000, 3, 7001, 0, 640, 1};
+      shape.slots = {6, 6, 1, 2, 0, 9};
+      shape.kv_heads = 2;
+      shape.group = group;
+      shape.head_dim = head_dim;
+      shape.page_size = page_size;
+      auto p = random_problem<bf16>(shape);
+      agrees_with_cpu(fixture, p);
+      p.record = true;
+      p.recorded = page_size == 0 ? record_slots::newest : record_slots::all;
+      keep_random(p, 0.22);
+      agrees_with_cpu(fixture, p);
+      p.all.assign(6, {false, true});
+      agrees_with_cpu(fixture, p);
+    }
+  }
+}
+
+TEST_CASE("attend on the device: a batch of many short sequences and a long prefill agree with the CPU") {
+  attend_fixture fixture;
+  pass_shape shape;
+  shape.kv_lens.clear();
+  shape.slots.clear();
+  for (std::int32_t s = 0; s < 200; ++s) {
+    shape.kv_lens.push_back(s * 37 % 300);
+    shape.slots.push_back(s % 8);
+  }
+  auto p = random_problem<fp16>(shape);
+  p.record = true;
+  agrees_with_cpu(fixture, p);
+  keep_random(p, 0.3);
+  agrees_with_cpu(fixture, p);
+  shape.kv_lens = {0, 100};
+  shape.slots = {1500, 700};
+  agrees_with_cpu(fixture, random_problem<bf16>(shape));
+}
+
+TEST_CASE("attend on the device: a sequence's results do not depend on the rest of the batch, but for rounding") {
+  attend_fixture fixture;
+  pass_shape shape;
+  shape.kv_lens = {9000};
+  shape.slots = {6};
+  shape.head_dim = 128;
+  auto alone = random_problem<fp16>(shape);
+  keep_random(alone, 0.5);
+  const auto want = run(fixture, alone);
+  for (const std::int32_t other : {1, 50, 800, 12345}) {
+    shape.kv_lens = {9000, other, other};
+    shape.slots = {6, 1, 3};
+    auto p = random_problem<fp16>(shape);
+    p.texts[0] = alone.texts[0];
+    keep_random(p, 0.4);
+    p.kept[0] = alone.kept[0];
+    std::copy(alone.q.begin(), alone.q.end(), p.q.begin());
+    auto got = run(fixture, p);
+    got.out.resize(want.out.size());
+    got.lse.resize(want.lse.size());
+    CHECK(difference(want.out, got.out) < 2e-6);
+    CHECK(difference(want.lse, got.lse) < 4e-6);
+  }
+}
+
+TEST_CASE("attend on the device: the same pass twice gives the same bits") {
+  attend_fixture fixture;
+  pass_shape shape;
+  shape.kv_lens = {9000, 4001};
+  shape.slots = {6, 3};
+  shape.head_dim = 128;
+  auto p = random_problem<bf16>(shape);
+  keep_random(p, 0.3);
+  p.record = true;
+  const auto first = run(fixture, p), second = run(fixture, p);
+  CHECK(first.out == second.out);
+  CHECK(first.lse == second.lse);
+  CHECK(first.weights == second.weights);
+}
+
+TEST_CASE("attend on the device: a captured graph follows lengths and counts that change between replays") {
+  attend_fixture fixture;
+  std::mt19937 random(61);
+  pass_shape shape;
+  shape.kv_lens = {5000, 5000, 5000};
+  shape.slots = {6, 6, 6};
+  shape.group = 4;
+  shape.head_dim = 128;
+  auto p = random_problem<bf16>(shape);
+  const auto cache = filled_cache(fixture, p);
+  const std::vector<std::int32_t> offsets = {0, 6, 12, 18};
+  const auto slot_offsets = fixture.upload(offsets);
+  const auto kv_lens = fixture.upload(p.shape.kv_lens);
+  const auto q = fixture.upload(p.q), out = fixture.upload(p.q);
+  const specattn::selection<specattn::cuda> kept(6, 5000);
+  specattn::attend_args<bf16, specattn::cuda> args;
+  args.q = q.shaped({18, 8, 128});
+  args.out = out.shaped({18, 8, 128});
+  args.kv = cache.layer(1);
+  args.slot_offsets = slot_offsets.shaped({4});
+  args.kv_lens = kv_lens.shaped({3});
+  args.kept = kept.view();
+  args.kept_sequence_stride = 2;
+  fixture.context().reserve_workspace(specattn::attend_workspace_bytes(fixture.context(), {3, 18, 8, 2, 128, 5006}));
+  cudaGraph_t graph;
+  cudaGraphExec_t ready;
+  check(cudaStreamBeginCapture(fixture.stream(), cudaStreamCaptureModeThreadLocal));
+  specattn::attend(fixture.context(), args);
+  check(cudaStreamEndCapture(fixture.stream(), &graph));
+  check(cudaGraphInstantiate(&ready, graph, 0));
+  for (int replay = 0; replay < 12; ++replay) {
+    // The slots' own keys and values stay where they are written: behind the longest prefix a shorter one's tail
+    // is simply other rows of the text.
+    auto now = p;
+    for (std::size_t s = 0; s < 3; ++s) {
+      const auto length = static_cast<std::int32_t>(random() % 5001);
+      now.shape.kv_lens[s] = length;
+      now.texts[s].k.resize(static_cast<std::size_t>(length + 6) * 2 * 128);
+      now.texts[s].v.resize(now.texts[s].k.size());
+    }
+    keep_random(now, 0.1 * static_cast<double>(replay % 11), static_cast<std::uint32_t>(random()));
+    std::vector<std::int32_t> positions(6 * 5000, -1), counts;
+    for (std::size_t g = 0; g < 6; ++g) {
+      const list& of = now.kept[g / 2][g % 2];
+      std::copy(of.begin(), of.end(), positions.begin() + static_cast<std::ptrdiff_t>(g * 5000));
+      counts.push_back(static_cast<std::int32_t>(of.size()));
+    }
+    check(cudaMemcpy(args.kept.positions.data(), positions.data(), positions.size() * 4, cudaMemcpyHostToDevice));
+    check(cudaMemcpy(args.kept.counts.data(), counts.data(), counts.size() * 4, cudaMemcpyHostToDevice));
+    check(cudaMemcpy(kv_lens.data(), now.shape.kv_lens.data(), kv_lens.bytes(), cudaMemcpyHostToDevice));
+    check(cudaGraphLaunch(ready, fixture.stream()));
+    cpu_fixture cpu(8);
+    CHECK(difference(run(cpu, now).out, fixture.download(out)) < attend_fixture::tolerance<bf16>);
+  }
+  check(cudaGraphExecDestroy(ready));
+  check(cudaGraphDestroy(graph));
+}
+
+TEST_CASE("attend on the device: the workspace grows with every field of the shape; one too small is refused") {
+  using shape = specattn::attend_shape;
+  attend_fixture fixture;
+  const shape small{2, 9, 8, 2, 64, 1000};
+  for (auto field :
+       {&shape::sequences, &shape::slots, &shape::q_heads, &shape::kv_heads, &shape::head_dim, &shape::kv_len}) {
+    shape larger = small;
+    std::size_t bytes = specattn::attend_workspace_bytes(fixture.context(), small);
+    for (int step = 0; step < 100; ++step) {
+      larger.*field += 1 + step / 8;
+      const std::size_t more = specattn::attend_workspace_bytes(fixture.context(), larger);
+      CHECK(more >= bytes);
+      bytes = more;
+    }
+  }
+  const auto p = random_problem<bf16>(pass_shape{});
+  const auto cache = filled_cache(fixture, p);
+  const auto q = fixture.upload(p.q), out = fixture.upload(p.q);
+  const auto offsets = fixture.upload(std::vector<std::int32_t>{0, 1}), kv_lens = fixture.upload(p.shape.kv_lens);
+  specattn::attend_args<bf16, specattn::cuda> args;
+  args.q = q.shaped({1, 4, 64});
+  args.out = out.shaped({1, 4, 64});
+  args.kv = cache.layer(1);
+  args.slot_offsets = offsets.shaped({2});
+  args.kv_lens = kv_lens.shaped({1});
+  CHECK_THROWS_WITH_AS(specattn::attend(fixture.context(), args), doctest::Contains("attend: needs a workspace of"),
+                       specattn::contract_error);
+  args.out = out.shaped({1, 2, 64});
+  CHECK_THROWS_WITH_AS(specattn::attend(fixture.context(), args), doctest::Contains("out is [1, 2, 64]"),
+                       specattn::contract_error);
+}
+
+}  // namespace attend_testing
