@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/context.cuh"
+#include "cuda/importance.cuh"
 #include "cuda/kv_cache.cuh"
 #include "cuda/select.cuh"
 #include "cuda/verify.cuh"

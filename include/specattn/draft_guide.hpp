@@ -29,7 +29,7 @@ class draft_guide : public idle_guide {
     from.check();
     target_layers_ = from.target.layers;
     target_kv_heads_ = from.target.kv_heads;
-    mixture_ = make_sparse_mixture(from);
+    mixture_ = resident_mixture<B>(make_sparse_mixture(from));
   }
 
   const selection_rule& rule() const { return rule_; }
@@ -68,7 +68,7 @@ class draft_guide : public idle_guide {
 
   std::size_t workspace_bytes(const context<B>& ctx) const {
     return (std::max)(
-        {importance_workspace_bytes(ctx, mixture_, steps_),
+        {importance_workspace_bytes(ctx, mixture_, steps_, max_positions_),
          select_workspace_bytes(ctx, std::ptrdiff_t{max_sequences_} * groups_, max_rows_, max_positions_, rule_)});
   }
 
@@ -197,7 +197,7 @@ class draft_guide : public idle_guide {
   }
 
   selection_rule rule_;
-  sparse_mixture mixture_;
+  resident_mixture<B> mixture_;
   std::int32_t target_layers_ = 0;
   std::int32_t target_kv_heads_ = 0;
   std::int32_t groups_ = 0;

@@ -3,11 +3,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "alignment.hpp"
 #include "backend.hpp"
 #include "error.hpp"
+#include "scalar.hpp"
 #include "selection.hpp"
 #include "view.hpp"
 
@@ -25,6 +27,18 @@ struct sparse_mixture {
   signal_set signals;
 
   std::int32_t groups() const { return static_cast<std::int32_t>(first.size()) - 1; }
+};
+
+/// A mixture where the backend reads it: on the cpu the sparse_mixture itself, for cuda a copy in device memory, in
+/// <specattn/cuda/importance.cuh>. Both are made of a sparse_mixture.
+template <backend B>
+class resident_mixture;
+
+template <>
+class resident_mixture<cpu> : public sparse_mixture {
+ public:
+  resident_mixture() = default;
+  explicit resident_mixture(sparse_mixture from) : sparse_mixture(std::move(from)) {}
 };
 
 /// Drops terms below `least` and rescales the others of the group to a sum of one. At the default a sixth of a fitted
@@ -57,54 +71,102 @@ struct attention_history {
   view<const std::int32_t, 1, B> counts;     ///< [groups]
 };
 
-/// One sequence's signals and where its importance goes.
+/// One sequence's signals and where its importance goes. Rows are contiguous; every other stride is free.
 ///
-/// Row (step, layer, head) of `draft_weights` holds kv_len weights over the prefix; rows are scaled to unit mass here,
-/// then averaged over the steps.
-template <backend B = cpu>
+/// Row (step, layer, head) of `draft_weights` holds the weights over the prefix; rows are scaled to unit mass here, then
+/// averaged over the steps. A recording that keeps 16 bits relative to each split's maximum gives `split_scales`: a
+/// stored weight times its split's scale is the weight.
+template <backend B = cpu, storage T = float>
 struct importance_args {
-  view<const float, 4, B> draft_weights;  ///< [steps, draft layers, q_heads, capacity]
-  view<const float, 3, B> masses;         ///< [steps, draft layers, q_heads] what a row sums to over the prefix
+  view<const T, 4, B> draft_weights;      ///< [steps, draft layers, q_heads, capacity]
+  view<const float, 4, B> split_scales;   ///< [steps, draft layers, q_heads, splits]; empty: all are 1
+  std::int32_t split_len = 0;             ///< positions of a split, a multiple of split_unit
+  view<const float, 3, B> masses;         ///< [steps, draft layers, q_heads] what a row's weights sum to
   attention_history<B> history;           ///< empty: none
-  std::int32_t kv_len = 0;
-  bool separate_steps = false;  ///< a row for each step instead of their mean
-  view<float, 4, B> out;        ///< [target layers, kv_heads, 1 or steps, kv_len]
+  std::int32_t kv_len = 0;                ///< length of the prefix; where `length` is given, the most it can be
+  view<const std::int32_t, 1, B> length;  ///< [1] the prefix's length, read when the work runs; empty: kv_len
+  bool separate_steps = false;            ///< a row for each step instead of their mean
+  view<float, 4, B> out;                  ///< [target layers, kv_heads, 1 or steps, kv_len or more]
+
+  static constexpr std::int32_t split_unit = 256;
 };
 
 namespace detail {
 /// The backend's implementation.  // incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
 template <backend B>
 struct importance_impl;
+
+/// A recency window or the sinks: `asked` positions, or all there are, of the same weight.
+struct uniform_signal {
+  std::int32_t asked;
+  bool recent;
+  SPECATTN_HD std::int32_t count(std::int32_t kv_len) const { return asked < kv_len ? asked : kv_len; }
+  SPECATTN_HD std::int32_t first(std::int32_t kv_len) const { return recent ? kv_len - count(kv_len) : 0; }
+};
+
+template <storage T, backend B>
+void check_importance(const resident_mixture<B>& mixture, const importance_args<B, T>& args) {
+  const signal_set& signals = mixture.signals;
+  const auto& weights = args.draft_weights;
+  const auto steps = weights.extent(0);
+  expects(weights.extent(1) == signals.draft_layers && weights.extent(2) == signals.draft_q_heads,
+          "importance: weights of ", weights.extent(1), " draft layers × ", weights.extent(2),
+          " heads, the mixture is over ", signals.draft_layers, " × ", signals.draft_q_heads);
+  const auto is_per_row = [&](const auto& numbers) {
+    return numbers.extent(0) == steps && numbers.extent(1) == signals.draft_layers &&
+           numbers.extent(2) == signals.draft_q_heads;
+  };
+  expects(steps >= 1 && is_per_row(args.masses), "importance: masses of [", args.masses.extent(0), ", ",
+          args.masses.extent(1), ", ", args.masses.extent(2), "] for weights of ", steps, " steps");
+  if (!args.split_scales.empty()) {
+    expects(args.split_len > 0 && args.split_len % args.split_unit == 0, "importance: split_len ", args.split_len,
+            " is no multiple of ", args.split_unit);
+    expects(is_per_row(args.split_scales) && args.split_scales.extent(3) * args.split_len >= args.kv_len,
+            "importance: split_scales of [", args.split_scales.extent(0), ", ", args.split_scales.extent(1), ", ",
+            args.split_scales.extent(2), ", ", args.split_scales.extent(3), "] for ", args.kv_len,
+            " positions in splits of ", args.split_len);
+  }
+  expects(weights.stride(3) == 1 && args.out.stride(3) == 1, "importance: weights of stride ", weights.stride(3),
+          " and out of stride ", args.out.stride(3), "; rows must be contiguous");
+  expects(weights.extent(3) >= args.kv_len, "importance: rows of ", weights.extent(3), " weights, kv_len ",
+          args.kv_len);
+  const std::ptrdiff_t rows = args.separate_steps ? steps : 1;
+  expects(args.out.extent(1) == mixture.kv_heads && args.out.extent(0) * mixture.kv_heads == mixture.groups() &&
+              args.out.extent(2) == rows && args.out.extent(3) >= args.kv_len,
+          "importance: out is [", args.out.extent(0), ", ", args.out.extent(1), ", ", args.out.extent(2), ", ",
+          args.out.extent(3), "], needed [", mixture.groups() / mixture.kv_heads, ", ", mixture.kv_heads, ", ", rows,
+          ", ", args.kv_len, "]");
+}
 }  // namespace detail
 
-/// Bytes of workspace that mix_importance() takes from the context.
+/// How far a value may be from the exact one, relative to itself. Every term is >= 0, so nothing cancels: what counts
+/// is float's rounding on the cpu, and on the device that of coefficients and of the steps' means to bf16 (at most
+/// 2^-8 each; together 2^-9 in the mean).
 template <backend B>
-std::size_t importance_workspace_bytes(const context<B>& ctx, const sparse_mixture& mixture, std::ptrdiff_t steps) {
-  return detail::importance_impl<B>::workspace_bytes(ctx, mixture, steps);
+inline constexpr double importance_error = 2e-6;
+template <>
+inline constexpr double importance_error<cuda> = 8e-3;
+
+/// Bytes of workspace that mix_importance() takes from the context for `steps` × `kv_len` or anything smaller.
+template <backend B>
+std::size_t importance_workspace_bytes(const context<B>& ctx, const resident_mixture<B>& mixture,
+                                       std::ptrdiff_t steps, std::ptrdiff_t kv_len) {
+  return detail::importance_impl<B>::workspace_bytes(ctx, mixture, steps, kv_len);
 }
 
-/// Writes the importance of every prefix position for every group of the mixture. A group whose signals are all
-/// absent (no history yet) is scaled by what is there.
-/// \cost  reads steps × draft heads × kv_len weights once; terms × kv_len multiply-adds
-template <backend B>
-void mix_importance(context<B>& ctx, const sparse_mixture& mixture, const importance_args<B>& args) {
-  const signal_set& signals = mixture.signals;
-  const auto steps = args.draft_weights.extent(0);
-  detail::expects(
-      args.draft_weights.extent(1) == signals.draft_layers && args.draft_weights.extent(2) == signals.draft_q_heads,
-      "importance: weights of ", args.draft_weights.extent(1), " draft layers × ", args.draft_weights.extent(2),
-      " heads, the mixture is over ", signals.draft_layers, " × ", signals.draft_q_heads);
-  detail::expects(steps >= 1 && args.masses.extent(0) == steps && args.masses.extent(1) == signals.draft_layers &&
-                      args.masses.extent(2) == signals.draft_q_heads,
-                  "importance: masses of [", args.masses.extent(0), ", ", args.masses.extent(1), ", ",
-                  args.masses.extent(2), "] for weights of ", steps, " steps");
-  const std::ptrdiff_t rows = args.separate_steps ? steps : 1;
-  detail::expects(args.out.extent(1) == mixture.kv_heads &&
-                      args.out.extent(0) * mixture.kv_heads == mixture.groups() && args.out.extent(2) == rows &&
-                      args.out.extent(3) >= args.kv_len,
-                  "importance: out is [", args.out.extent(0), ", ", args.out.extent(1), ", ", args.out.extent(2),
-                  ", ", args.out.extent(3), "], needed [", mixture.groups() / mixture.kv_heads, ", ",
-                  mixture.kv_heads, ", ", rows, ", ", args.kv_len, "]");
+/// Writes the importance of every prefix position for every group of the mixture; nothing behind the prefix's end is
+/// read or written. A group whose signals are all absent (no history yet) is scaled by what is there.
+///
+/// Values are within importance_error<B> of themselves.
+/// select() takes the rows as they are: it relates mass to a row's own sum.
+///
+/// \throws contract_error for shapes that differ
+/// \cost   reads steps × draft heads × kv_len weights once. cpu: terms × kv_len multiply-adds. cuda: a product of
+///         groups × draft heads × kv_len on tensor cores, whatever the number of terms
+/// \sync   cpu: done on return. cuda: queued on the context's stream
+template <storage T, backend B>
+void mix_importance(context<B>& ctx, const resident_mixture<B>& mixture, const importance_args<B, T>& args) {
+  detail::check_importance(mixture, args);
   detail::importance_impl<B>::run(ctx, mixture, args);  // incomplete? include <specattn/specattn.hpp> (cpu)
 }
 

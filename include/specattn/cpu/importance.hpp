@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../importance.hpp"
+#include "../scalar.hpp"
 #include "context.hpp"
 #include "lanes.hpp"
 
@@ -13,21 +14,26 @@ namespace specattn::inline v0_1::detail {
 
 template <>
 struct importance_impl<cpu> {
-  static constexpr std::int32_t tile = 256;  // 16 draft heads × 256 floats fill half of a 32 KB L1 cache
+  static constexpr std::int32_t tile =
+      importance_args<cpu>::split_unit;  // 16 draft heads × 256 floats fill half of a 32 KB L1 cache
   static constexpr std::int32_t strip_lanes = 4;
   static constexpr std::int32_t strip = strip_lanes * lanes::width;  // positions whose sums stay in registers
 
-  static std::size_t workspace_bytes(const context<cpu>& ctx, const sparse_mixture& mixture, std::ptrdiff_t steps) {
+  static std::size_t workspace_bytes(const context<cpu>& ctx, const resident_mixture<cpu>& mixture,
+                                     std::ptrdiff_t steps, std::ptrdiff_t /*kv_len*/) {
     const auto heads = static_cast<std::size_t>(mixture.signals.draft_heads());
     const auto tiles = static_cast<std::size_t>(ctx.threads()) * heads * tile;
     return (static_cast<std::size_t>(steps) * heads + tiles) * sizeof(float);
   }
 
-  static void run(context<cpu>& ctx, const sparse_mixture& mixture, const importance_args<cpu>& args) {
+  template <storage T>
+  static void run(context<cpu>& ctx, const resident_mixture<cpu>& mixture, importance_args<cpu, T> args) {
+    if (!args.length.empty()) args.kv_len = std::clamp(args.length[0], 0, args.kv_len);
     if (args.kv_len <= 0) return;
     const auto heads = mixture.signals.draft_heads();
     const auto steps = static_cast<std::int32_t>(args.draft_weights.extent(0));
-    auto* floats = reinterpret_cast<float*>(ctx.workspace(workspace_bytes(ctx, mixture, steps), "importance"));
+    auto* floats =
+        reinterpret_cast<float*>(ctx.workspace(workspace_bytes(ctx, mixture, steps, args.kv_len), "importance"));
     float* scales = floats;
     float* tiles = floats + std::ptrdiff_t{steps} * heads;
     prefix_scales(args, scales);
@@ -50,7 +56,8 @@ struct importance_impl<cpu> {
 
  private:
   /// scales[step, head] = 1 / mass of the row; 0 for a row with none.
-  static void prefix_scales(const importance_args<cpu>& args, float* scales) {
+  template <storage T>
+  static void prefix_scales(const importance_args<cpu, T>& args, float* scales) {
     for (std::ptrdiff_t step = 0; step < args.masses.extent(0); ++step) {
       for (std::ptrdiff_t layer = 0; layer < args.masses.extent(1); ++layer) {
         for (std::ptrdiff_t head = 0; head < args.masses.extent(2); ++head) {
@@ -62,7 +69,8 @@ struct importance_impl<cpu> {
   }
 
   /// combined[head, i] = mean over the steps of the scaled rows, positions begin … begin + length.
-  static void combine(const importance_args<cpu>& args, const float* scales, std::int32_t first_step,
+  template <storage T>
+  static void combine(const importance_args<cpu, T>& args, const float* scales, std::int32_t first_step,
                       std::int32_t last_step, std::int32_t begin, std::int32_t length, float* combined) {
     const auto layers = static_cast<std::int32_t>(args.draft_weights.extent(1));
     const auto q_heads = static_cast<std::int32_t>(args.draft_weights.extent(2));
@@ -70,18 +78,21 @@ struct importance_impl<cpu> {
     for (std::int32_t h = 0; h < layers * q_heads; ++h) {
       float* out = combined + std::ptrdiff_t{h} * tile;
       for (std::int32_t step = first_step; step < last_step; ++step) {
-        const float scale = scales[step * layers * q_heads + h] * share;
-        const float* row = &args.draft_weights(step, h / q_heads, h % q_heads, begin);
+        float scale = scales[step * layers * q_heads + h] * share;
+        if (!args.split_scales.empty())
+          scale *= args.split_scales(step, h / q_heads, h % q_heads, begin / args.split_len);
+        const T* row = &args.draft_weights(step, h / q_heads, h % q_heads, begin);
         if (step == first_step) {
-          for (std::int32_t i = 0; i < length; ++i) out[i] = scale * row[i];
+          for (std::int32_t i = 0; i < length; ++i) out[i] = scale * to_float(row[i]);
         } else {
-          for (std::int32_t i = 0; i < length; ++i) out[i] += scale * row[i];
+          for (std::int32_t i = 0; i < length; ++i) out[i] += scale * to_float(row[i]);
         }
       }
     }
   }
 
-  static void mix(const sparse_mixture& mixture, const importance_args<cpu>& args, const float* combined,
+  template <storage T>
+  static void mix(const sparse_mixture& mixture, const importance_args<cpu, T>& args, const float* combined,
                   std::int32_t out_row, std::int32_t begin, std::int32_t length) {
     for (std::int32_t g = 0; g < mixture.groups(); ++g) {
       float* out = &args.out(g / mixture.kv_heads, g % mixture.kv_heads, out_row, begin);
@@ -133,10 +144,10 @@ struct importance_impl<cpu> {
     const std::int32_t signal = term.signal - signals.draft_heads();
     if (signal < 0) return;
     const auto windows = static_cast<std::int32_t>(signals.windows.size());
-    const std::int32_t asked = signal < windows ? signals.windows[static_cast<std::size_t>(signal)] : signals.sinks;
-    const std::int32_t count = (std::min)(asked, kv_len);
-    const std::int32_t from = signal < windows ? kv_len - count : 0;
-    add_range(from, from + count, term.coefficient / static_cast<float>(count), begin, length, out);
+    const bool recent = signal < windows;
+    const uniform_signal uniform{recent ? signals.windows[static_cast<std::size_t>(signal)] : signals.sinks, recent};
+    const std::int32_t count = uniform.count(kv_len), first = uniform.first(kv_len);
+    add_range(first, first + count, term.coefficient / static_cast<float>(count), begin, length, out);
   }
 
   /// Adds the listed weights that fall into the tile at `begin`.
