@@ -1,7 +1,7 @@
 // attend() on the device over the verify table: 32 query heads, 8 kv heads, head_dim 128, bf16, contiguous cache. Dense,
 // over a list of everything, over random and clustered lists, single slots and recording. Every point is compared with
 // a double-precision reference before it is timed; gathers are judged by a bare one of the same rows in the same run.
-//   attend_bench_cuda [--smoke | BATCH KV_LEN]
+//   attend_bench_cuda [--smoke | BATCH KV_LEN [ROW]]
 #include "specattn/cuda/attend.cuh"
 
 #include <cmath>
@@ -258,7 +258,8 @@ __global__ void __launch_bounds__(256) gather_kernel(const uint4* keys, const ui
   if (sum.x == 0x12345678u) *sink = sum;  // never, but the compiler cannot know
 }
 
-void measure(const cell& c, specattn::context<device>& ctx, bench::device_clock& clock, double copy, bool smoke) {
+void measure(const cell& c, specattn::context<device>& ctx, bench::device_clock& clock, double copy, bool smoke,
+             const char* only = "") {
   const double layer_bytes = 4.0 * c.batch * kv_heads * c.kv_len * head_dim;
   const int sets = smoke ? 1 : static_cast<int>(std::clamp(1e9 / layer_bytes, 2.0, 24.0));
   std::vector<std::unique_ptr<layer>> layers;
@@ -266,6 +267,7 @@ void measure(const cell& c, specattn::context<device>& ctx, bench::device_clock&
     layers.push_back(std::make_unique<layer>(c.batch, c.kv_len + 6, 7u + static_cast<unsigned>(i), ctx.stream()));
   const specattn::buffer<uint4, device> sink(1);
   for (const row& r : rows) {
+    if (std::strstr(r.name, only) == nullptr) continue;
     const pass p(c, r);
     bench::check(cudaDeviceSynchronize());
     ctx.reserve_workspace(specattn::attend_workspace_bytes(
@@ -331,7 +333,7 @@ int main(int argc, char** argv) {
       "| batch | kv_len | | us | goal us | bare gather us | MB | GB/s | of copy | off by |\n"
       "|---|---|---|---|---|---|---|---|---|---|\n");
   for (const cell& c : table)
-    if (argc != 3 || (c.batch == std::atoi(argv[1]) && c.kv_len == std::atoi(argv[2])))
-      measure(c, ctx, clock, copy, false);
+    if (argc < 3 || (c.batch == std::atoi(argv[1]) && c.kv_len == std::atoi(argv[2])))
+      measure(c, ctx, clock, copy, false, argc > 3 ? argv[3] : "");
   return 0;
 }

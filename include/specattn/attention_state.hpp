@@ -35,6 +35,11 @@ SPECATTN_HD inline merged_state merge(attention_state a, attention_state b) {
   return {{max, std::fma(a.sum, scale_a, b.sum * scale_b)}, scale_a, scale_b};
 }
 
+/// What a state's sum and value vector are multiplied by to be relative to `max`, which is not below its own.
+SPECATTN_HD inline float scale_to(attention_state s, float max) {
+  return s.sum == 0.0f ? 0.0f : std::exp(s.max - max);
+}
+
 /// What the value vector is multiplied by at the end: 1 / sum, or 0 for a state that saw nothing.
 SPECATTN_HD inline float finish_scale(attention_state s) { return s.sum == 0.0f ? 0.0f : 1.0f / s.sum; }
 

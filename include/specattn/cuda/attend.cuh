@@ -24,54 +24,55 @@ namespace specattn::inline v0_1::detail {
 
 template <storage T, class Tile>
 __global__ void __launch_bounds__(Tile::threads, 1) attend_kernel(const __grid_constant__ attend_launch<T> launch) {
-  extern __shared__ __align__(128) std::byte tile_memory[];
+  extern __shared__ __align__(1024) std::byte tile_memory[];
   __shared__ attend_plan_memory<Tile::threads> plan;
   __shared__ attend_row_facts facts;
+  wait_for_previous_kernel();
   launch_dependents();
-  const attend_range range = find_range(launch, plan);
+  find_range(launch, plan);
+  const attend_cut end = plan.range.end;
+  attend_cut at = plan.range.begin;
+  device_block block = plan.first;
   Tile tile(launch, tile_memory, facts);
-  divided_block open;
-  attend_cut at = range.begin;
-  while (at.group < range.end.group || (at.group == range.end.group && at.block <= range.end.block)) {
-    const bool last = at.group == range.end.group && at.block == range.end.block;
-    if (last && range.end.position == 0) break;
-    const device_block block = launch.block_at(at.group, at.block);
-    const std::int32_t end = last ? range.end.position : block.attended;
-    if (end > at.position) {
-      __syncthreads();  // the block before is out of the memory
-      facts.fill(launch, block);
-      tile.run(block, at.position, end);
-      tile.leave();
+  std::int32_t open_parts = 0;
+  while (at.group < end.group || (at.group == end.group && at.block <= end.block)) {
+    const bool last = at.group == end.group && at.block == end.block;
+    if (last && end.position == 0) break;
+    facts.fill(launch, block);
+    tile.run(block, at.position, last ? end.position : block.attended);
+    tile.leave();
+    __syncthreads();
+    const bool whole = at.position == 0 && !last;
+    const std::ptrdiff_t part = 2 * std::ptrdiff_t{blockIdx.x} + (at.position == 0 ? 1 : 0);
+    finish_part(launch, tile, block, whole ? -1 : part, facts);
+    __syncthreads();
+    if (whole && launch.records()) {
+      finish_recording<Tile::threads>(launch, block, facts);
       __syncthreads();
-      const bool whole = at.position == 0 && !last;
-      finish_part(launch, tile, block, whole ? -1 : 2 * std::ptrdiff_t{blockIdx.x} + (at.position == 0 ? 1 : 0),
-                  facts);
-      if (last && at.position == 0) open = {block, static_cast<std::int32_t>(2 + (range.end.left - 1) / range.share)};
-      if (whole && launch.records()) {
-        __syncthreads();
-        for (int row = 0; row < block.rows; ++row) {
-          if (facts.recordings[row] >= 0)
-            finish_weights(launch.args.recording.weights, facts.recordings[row], 0, facts.limits[row],
-                           facts.states[row], static_cast<int>(threadIdx.x), Tile::threads);
-        }
-      }
     }
-    if (last) break;
+    if (last) {
+      if (at.position == 0) open_parts = static_cast<std::int32_t>(2 + (end.left - 1) / plan.range.share);
+      break;
+    }
     at.position = 0;
     ++at.block;
-    while (at.group < range.end.group && at.block >= launch.rows.blocks(launch.group_at(at.group).slots)) {
+    block = launch.group_at(at.group);
+    while (at.group < end.group && at.block >= launch.rows.blocks(block.slots)) {
       at.block = 0;
-      ++at.group;
+      if (++at.group < launch.groups()) block = launch.group_at(at.group);
     }
+    block = launch.block_of(block, at.block);
   }
-  if (threadIdx.x == 0) launch.exchange.divided[blockIdx.x] = open;
+  if (threadIdx.x != 0) return;
+  block.parts = open_parts;
+  launch.exchange.open[blockIdx.x] = block;
 }
 
 template <>
 struct attend_impl<cuda> {
   static std::size_t workspace_bytes(const context<cuda>& ctx, const attend_shape& shape) {
     attend_exchange exchange;
-    return exchange.lay_out(nullptr, shares(ctx), static_cast<std::size_t>((std::max)(shape.head_dim, 0)));
+    return exchange.lay_out(nullptr, shares(ctx), (std::max)(shape.head_dim, 0));
   }
 
   template <storage T>
@@ -128,21 +129,22 @@ struct attend_impl<cuda> {
     if (shared() > most) return false;
     const attend_shape shape{.head_dim = args.kv.head_dim};
     std::byte* workspace = ctx.workspace(workspace_bytes(ctx, shape), "attend");
-    launch.exchange.lay_out(workspace, shares(ctx), static_cast<std::size_t>(args.kv.head_dim));
+    launch.exchange.lay_out(workspace, shares(ctx), args.kv.head_dim);
     const dim3 grid(static_cast<unsigned>(shares(ctx)));
     check_cuda(cudaFuncSetAttribute(attend_kernel<T, Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared())),
                "attend");
-    launch_kernel(ctx, attend_kernel<T, Tile>, grid, Tile::threads, shared(), false, launch);
-    const unsigned helpers = args.recording.weights.empty() ? 8 : 32;  // a warp a row; more for the sweep
-    launch_kernel(ctx, attend_merge_kernel<T>, dim3(grid.x, helpers), attend_merge_threads, 0, true, launch);
+    launch_kernel(ctx, attend_kernel<T, Tile>, grid, Tile::threads, shared(), launch);
+    const unsigned helpers = args.recording.weights.empty() ? 8 : 16;  // a warp a row; more for the sweep
+    launch_kernel(ctx, attend_merge_kernel<T>, dim3(grid.x, helpers), attend_merge_threads, 0, launch);
     return true;
   }
 
-  /// A dependent kernel's CTAs may be placed while the one before still runs; it waits for it before it reads.
+  /// A kernel's CTAs may be placed while the one before it on the stream still runs; each waits for it before it
+  /// reads or writes anything.
   template <class Launch>
   static void launch_kernel(const context<cuda>& ctx, void (*kernel)(Launch), dim3 grid, int threads,
-                            std::size_t shared_bytes, bool dependent, const Launch& launch) {
+                            std::size_t shared_bytes, const Launch& launch) {
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = dim3(static_cast<unsigned>(threads));
@@ -152,7 +154,7 @@ struct attend_impl<cuda> {
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &early;
-    config.numAttrs = dependent && ctx.compute_major() >= 9 ? 1 : 0;
+    config.numAttrs = ctx.compute_major() >= 9 ? 1 : 0;
     check_cuda(cudaLaunchKernelEx(&config, kernel, launch), "attend");
   }
 };

@@ -57,10 +57,15 @@ class attend_gather {
 
 /// Of the rows of the block at hand, in shared memory.
 struct attend_row_facts {
-  std::int32_t limits[attend_rows];        ///< virtual positions that a row attends to
-  std::ptrdiff_t recordings[attend_rows];  ///< where its entries are recorded; -1: nowhere
-  std::uint32_t recorded_rows;             ///< a bit for each
-  attention_state states[attend_rows];     ///< when the block is done
+  struct recorded_row {
+    float* to;           ///< where its entries go
+    std::int32_t limit;  ///< how many: 0 for a row that is not recorded
+  };
+  std::int32_t limits[attend_rows];  ///< virtual positions that a row attends to
+  recorded_row records[attend_rows];
+  std::uint32_t recorded;               ///< a bit for each row
+  attention_state states[attend_rows];  ///< when the part is done
+  float scales[attend_rows][8];         ///< of the warps' sums
 
   template <storage T>
   __device__ void fill(const attend_launch<T>& launch, const device_block& b) {
@@ -68,32 +73,41 @@ struct attend_row_facts {
     if (row >= attend_rows) return;
     const bool used = row < b.rows;
     limits[row] = used ? b.kept + launch.slot_of(b, row) + 1 : 0;
-    const bool recorded = used && launch.records() && launch.recorded(b, row);
-    recordings[row] = recorded ? launch.recording_of(b, row) : -1;
-    const std::uint32_t all = __ballot_sync(~0u, recorded);
-    if (row == 0) recorded_rows = all;
+    if (!launch.records()) return;
+    const bool kept = used && launch.recorded(b, row);
+    records[row] = kept ? recorded_row{launch.recording_of(b, row), launch.recorded_length(limits[row])}
+                        : recorded_row{nullptr, 0};
+    const std::uint32_t all = __ballot_sync(~0u, kept);
+    if (row == 0) recorded = all;
   }
 };
 
-/// Leaves a score where its weight will be; finish_weights() makes it one. Nothing is written past a recording's end.
-template <storage T>
-__device__ __forceinline__ void record_score(const attend_launch<T>& launch, const attend_row_facts& rows, int row,
-                                             std::int32_t at, float score) {
-  const auto& to = launch.args.recording.weights;
-  if (rows.recordings[row] >= 0 && at < rows.limits[row] && at < to.extent(2))
-    to.data()[rows.recordings[row] + at * to.stride(2)] = score;
+/// Makes recorded scores [from, to) of a row its weights; a CTA of `Threads` calls.
+template <int Threads>
+__device__ __forceinline__ void finish_weights(float* weights, std::ptrdiff_t stride, std::int32_t from,
+                                               std::int32_t to, attention_state state) {
+  constexpr int batch = 16;  // loads under way before the first is used
+  const float scale = finish_scale(state);
+  for (std::int32_t first = from + static_cast<std::int32_t>(threadIdx.x); first < to; first += batch * Threads) {
+    float scores[batch];
+#pragma unroll
+    for (int i = 0; i < batch; ++i)
+      if (first + i * Threads < to) scores[i] = weights[(first + i * Threads) * stride];
+#pragma unroll
+    for (int i = 0; i < batch; ++i)
+      if (first + i * Threads < to) weights[(first + i * Threads) * stride] = std::exp(scores[i] - state.max) * scale;
+  }
 }
 
-/// Makes recorded scores [from, to) of a row its weights; `lane` of `lanes` threads.
-__device__ __forceinline__ void finish_weights(view<float, 3, cuda> recording, std::ptrdiff_t row, std::int32_t from,
-                                               std::int32_t to, attention_state state, int lane, int lanes) {
-  const float scale = finish_scale(state);
-  const std::ptrdiff_t stride = recording.stride(2);
-  float* weights = recording.data() + row;
-  const auto end = static_cast<std::int32_t>(to < recording.extent(2) ? to : recording.extent(2));
-#pragma unroll 8
-  for (std::int32_t i = from + lane; i < end; i += lanes)
-    weights[i * stride] = std::exp(weights[i * stride] - state.max) * scale;
+/// The same for all recorded rows of a block that this CTA did whole.
+template <int Threads, storage T>
+__device__ void finish_recording(const attend_launch<T>& launch, const device_block& b,
+                                 const attend_row_facts& facts) {
+  for (int row = 0; row < b.rows; ++row) {
+    if (facts.records[row].limit > 0)
+      finish_weights<Threads>(facts.records[row].to, launch.args.recording.weights.stride(2), 0,
+                              facts.records[row].limit, facts.states[row]);
+  }
 }
 
 }  // namespace specattn::inline v0_1::detail

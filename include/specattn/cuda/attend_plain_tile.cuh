@@ -44,7 +44,8 @@ class plain_tile {
       for (int row = 0; row < b.rows; ++row) {
         const bool attended = at < end && at < facts_.limits[row];
         const float score = attended ? dot(row, offset) : no_score;
-        if (attended && launch_.records()) record_score(launch_, facts_, row, at, score);
+        if (attended && launch_.records() && at < facts_.records[row].limit)
+          facts_.records[row].to[at * launch_.args.recording.weights.stride(2)] = score;
         soften(row, score);
       }
       __syncwarp();
@@ -55,6 +56,8 @@ class plain_tile {
   }
   __device__ void leave() {}  // sums and states are where they belong
 
+  static constexpr int width = 1;  ///< sums that are merged at once
+  __device__ int padded_dim() const { return head_dim_; }
   __device__ const float* sums_of(int of_warp, int row) const {
     return region_ + (of_warp - warp()) * region_floats(head_dim_) + row * head_dim_;
   }
@@ -71,10 +74,10 @@ class plain_tile {
   __device__ static int warp() { return static_cast<int>(threadIdx.x) / 32; }
 
   __device__ void load_queries(const device_block& b) {
-    const auto& q = launch_.args.q;
     for (int i = static_cast<int>(threadIdx.x); i < b.rows * head_dim_; i += threads) {
       const int row = i / head_dim_, d = i % head_dim_;
-      queries_[i] = q(b.sequence_slot + launch_.slot_of(b, row), launch_.head_of(b, row), d) * launch_.scale;
+      queries_[i] =
+          launch_.args.q(b.sequence_slot + launch_.slot_of(b, row), launch_.head_of(b, row), d) * launch_.scale;
     }
   }
 

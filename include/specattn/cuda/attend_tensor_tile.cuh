@@ -40,7 +40,8 @@ class tensor_tile {
   /// This warp's tiles of virtual positions [begin, end): every warps-th from its own on. All threads call; the
   /// queries are loaded while the first tiles are on their way.
   __device__ void run(const device_block& b, std::int32_t begin, std::int32_t end) {
-    clear();
+    float queries[pairs][2];
+    load_queries(b, queries);
     const attend_gather<T> gather(launch_.args, b);
     const std::int32_t stride = warps * attend_tile;
     std::int32_t ahead = begin + warp() * attend_tile;  // the tile whose copies start next
@@ -52,15 +53,17 @@ class tensor_tile {
     std::int32_t next = position(ahead + stride);
     std::uint32_t to = 0, at = 0;
     const auto fetch = [&] {
-      start_copies(stages_ + to * stage_bytes, offset);
+      if (ahead < end) start_copies(stages_ + to * stage_bytes, offset);
+      commit_copies();
       to = to + 1 < static_cast<std::uint32_t>(launch_.stages) ? to + 1 : 0;
       ahead += stride;
       offset = gather.offset(next);
       next = position(ahead + stride);
     };
     for (std::int32_t i = 1; i < launch_.stages; ++i) fetch();
-    load_queries(b);
+    store_queries(queries);
     __syncthreads();
+    clear();
     const std::int32_t all = b.kept + launch_.slot_of(b, 0) + 1;  // every row attends to those before
     for (std::int32_t i = 0; i < tiles; ++i) {
       await_stage();
@@ -91,6 +94,8 @@ class tensor_tile {
       }
     }
   }
+  static constexpr int width = 4;  ///< sums that are merged at once
+  __device__ static constexpr int padded_dim() { return HeadDim; }
   __device__ const float* sums_of(int of_warp, int row) const {
     return reinterpret_cast<const float*>(region_ + (of_warp - warp()) * region_bytes(launch_.stages)) + row * pitch;
   }
@@ -111,16 +116,21 @@ class tensor_tile {
   SPECATTN_HD static constexpr std::size_t region_bytes(int stages) {
     const std::size_t ring = static_cast<std::size_t>(stages) * stage_bytes;
     const std::size_t sums = rows * (pitch * sizeof(float) + sizeof(attention_state));
-    return ((ring > sums ? ring : sums) + 127) / 128 * 128;
+    return ((ring > sums ? ring : sums) + 511) / 512 * 512;
   }
   __device__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
   __device__ static int warp() { return static_cast<int>(threadIdx.x) / 32; }
   /// The row of register e of column n; registers 2 and 3 are eight positions (or eight of head_dim) further on.
   __device__ static int row_of(int n, int e) { return n * 8 + lane() % 4 * 2 + e % 2; }
-  /// Where a chunk of a row lies in the row: eight rows' same chunk are in different banks.
-  __device__ static std::uint32_t swizzled(int row, int chunk) {
+  /// What the place of a row's chunks is turned by, so that eight rows' same chunk are in different banks.
+  __device__ static constexpr std::uint32_t turn(int row) {
     constexpr int rows_a_line = chunks < 8 ? 8 / chunks : 1;
-    return static_cast<std::uint32_t>(chunk ^ (row / rows_a_line % (chunks < 8 ? chunks : 8))) * 16;
+    return static_cast<std::uint32_t>(row / rows_a_line % (chunks < 8 ? chunks : 8)) * 16;
+  }
+  /// Where a chunk of a row lies in a tile. A stage begins at a multiple of row_bytes: a chunk 2n further on is at
+  /// the address ^ 32n.
+  __device__ static std::uint32_t place(int row, int chunk) {
+    return static_cast<std::uint32_t>(row) * row_bytes + (static_cast<std::uint32_t>(chunk) * 16 ^ turn(row));
   }
   template <class Op>
   __device__ static float over_positions(float x, Op op) {
@@ -142,25 +152,25 @@ class tensor_tile {
     }
   }
 
-  /// The block's queries as operands of the score product: for each column of rows and 16 of head_dim a lane's four
-  /// words, the high parts and what rounding them left.
-  __device__ __forceinline__ void load_queries(const device_block& b) {
-    constexpr int pairs = (rows * (HeadDim / 2) + threads - 1) / threads;  // of each thread
+  static constexpr int pairs_a_row = HeadDim / 2;
+  static constexpr int pairs = (rows * pairs_a_row + threads - 1) / threads;  ///< of the queries, for each thread
+  __device__ __forceinline__ void load_queries(const device_block& b, float (&x)[pairs][2]) const {
     const auto& q = launch_.args.q;
-    float x[pairs][2] = {};
-#pragma unroll
-    for (int p = 0; p < pairs; ++p) {  // all loads are under way before the first is used
-      const int i = p * threads + static_cast<int>(threadIdx.x);
-      const int row = i / (HeadDim / 2), d = i % (HeadDim / 2) * 2;
-      if (row >= b.rows) continue;
-      const float* from = &q(b.sequence_slot + launch_.slot_of(b, row), launch_.head_of(b, row), 0);
-      if (d < q.extent(2)) x[p][0] = from[d * q.stride(2)];
-      if (d + 1 < q.extent(2)) x[p][1] = from[(d + 1) * q.stride(2)];
-    }
 #pragma unroll
     for (int p = 0; p < pairs; ++p) {
-      const int i = p * threads + static_cast<int>(threadIdx.x);
-      const int row = i / (HeadDim / 2), d = i % (HeadDim / 2) * 2;
+      const int i = p * threads + static_cast<int>(threadIdx.x), row = i / pairs_a_row, d = i % pairs_a_row * 2;
+      const bool used = row < b.rows;
+      const float* from = &q(b.sequence_slot + launch_.slot_of(b, row), launch_.head_of(b, row), d);
+      x[p][0] = used && d < q.extent(2) ? from[0] : 0.0f;
+      x[p][1] = used && d + 1 < q.extent(2) ? from[q.stride(2)] : 0.0f;
+    }
+  }
+  /// The queries as operands of the score product: for each column of rows and 16 of head_dim a lane's four words,
+  /// the high parts and what rounding them left.
+  __device__ __forceinline__ void store_queries(const float (&x)[pairs][2]) {
+#pragma unroll
+    for (int p = 0; p < pairs; ++p) {
+      const int i = p * threads + static_cast<int>(threadIdx.x), row = i / pairs_a_row, d = i % pairs_a_row * 2;
       if (row >= rows) break;
       const split_pair pair = split<T>(x[p][0] * launch_.scale, x[p][1] * launch_.scale);
       auto* words =
@@ -172,18 +182,22 @@ class tensor_tile {
 
   /// Copies a tile's keys and values; lane l holds the offset of position l % 16.
   __device__ __forceinline__ void start_copies(std::uint32_t stage, std::ptrdiff_t offset) {
-    const int used = launch_.args.kv.head_dim / 8;
+    constexpr int rows_at_once = 32 / chunks;
+    const int row = lane() / chunks, chunk = lane() % chunks;
+    const bool inside = chunk < launch_.args.kv.head_dim / 8;
+    const std::uint32_t to = stage + place(row, chunk);
+    const T* keys = launch_.args.kv.keys + chunk * 8;
+    const T* values = launch_.args.kv.values + chunk * 8;
 #pragma unroll
-    for (int i = 0; i < attend_tile * chunks / 32; ++i) {
-      const int row = (i * 32 + lane()) / chunks, chunk = (i * 32 + lane()) % chunks;
-      const std::ptrdiff_t from = __shfl_sync(~0u, offset, row);
-      const bool wanted = from >= 0 && chunk < used;
-      const std::ptrdiff_t element = wanted ? from + chunk * 8 : 0;
-      const std::uint32_t to = stage + static_cast<std::uint32_t>(row) * row_bytes + swizzled(row, chunk);
-      copy_16_bytes(to, launch_.args.kv.keys + element, wanted);
-      copy_16_bytes(to + values_at, launch_.args.kv.values + element, wanted);
+    for (int i = 0; i < attend_tile / rows_at_once; ++i) {
+      const std::ptrdiff_t from = __shfl_sync(~0u, offset, i * rows_at_once + row);
+      const bool wanted = inside && from >= 0;
+      const std::ptrdiff_t element = wanted ? from : 0;
+      const std::uint32_t there =
+          (to ^ turn(i * rows_at_once)) + static_cast<std::uint32_t>(i * rows_at_once) * row_bytes;
+      copy_16_bytes(there, keys + element, wanted);
+      copy_16_bytes(there + values_at, values + element, wanted);
     }
-    commit_copies();
   }
   __device__ void await_stage() const {
     if (launch_.stages == 2) return await_copies<0>();
@@ -195,15 +209,7 @@ class tensor_tile {
     float scores[Columns][4];
     score(stage, scores);
     if (first + attend_tile > all) mask(first, scores);
-    if (launch_.records()) {
-#pragma unroll
-      for (int n = 0; n < Columns; ++n) {
-        if ((facts_.recorded_rows >> (8 * n) & 0xffu) == 0) continue;
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          record_score(launch_, facts_, row_of(n, e), first + lane() / 4 + e / 2 * 8, scores[n][e]);
-      }
-    }
+    if (launch_.records()) record(first, scores);
     soften(scores);
     add(stage + values_at, scores);
   }
@@ -214,11 +220,11 @@ class tensor_tile {
     for (int n = 0; n < Columns; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) scores[n][e] = 0.0f;
-    const int row = lane() % 16;
+    keys += place(lane() % 16, lane() / 16);
 #pragma unroll
     for (int d = 0; d < steps; ++d) {
       std::uint32_t k[4];
-      load_matrices(k, keys + static_cast<std::uint32_t>(row) * row_bytes + swizzled(row, 2 * d + lane() / 16));
+      load_matrices(k, keys ^ static_cast<std::uint32_t>(d * 32));
 #pragma unroll
       for (int n = 0; n < Columns; ++n) {
         const uint4 q = queries_[(n * steps + d) * 32 + lane()];
@@ -238,6 +244,22 @@ class tensor_tile {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         if (first + lane() / 4 + e / 2 * 8 >= facts_.limits[row_of(n, e)]) scores[n][e] = no_score;
+      }
+    }
+  }
+
+  /// Leaves scores where the weights will be.
+  __device__ __forceinline__ void record(std::int32_t first, const float (&scores)[Columns][4]) const {
+    const std::ptrdiff_t stride = launch_.args.recording.weights.stride(2);
+    const std::int32_t at = first + lane() / 4;
+#pragma unroll
+    for (int n = 0; n < Columns; ++n) {
+      if ((facts_.recorded >> (8 * n) & 0xffu) == 0) continue;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const auto row = facts_.records[row_of(n, e)];
+        if (at < row.limit) row.to[at * stride] = scores[n][e];
+        if (at + 8 < row.limit) row.to[(at + 8) * stride] = scores[n][e + 2];
       }
     }
   }
@@ -294,12 +316,11 @@ class tensor_tile {
         low[n][half] = transposed(pair.low);
       }
     }
-    const int row = lane() % 8 + lane() / 16 * 8;
+    values += place(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
 #pragma unroll
     for (int d = 0; d < steps; ++d) {
       std::uint32_t v[4];
-      load_transposed(v,
-                      values + static_cast<std::uint32_t>(row) * row_bytes + swizzled(row, 2 * d + lane() / 8 % 2));
+      load_transposed(v, values ^ static_cast<std::uint32_t>(d * 32));
 #pragma unroll
       for (int n = 0; n < Columns; ++n) multiply_add<T>(sums_[d][n], v, high[n][0], high[n][1]);
 #pragma unroll
