@@ -140,8 +140,8 @@ void check_importance(const resident_mixture<B>& mixture, const importance_args<
 }  // namespace detail
 
 /// How far a value may be from the exact one, relative to itself. Every term is >= 0, so nothing cancels: what counts
-/// is float's rounding on the cpu, and on the device that of coefficients and of the steps' means to bf16 (at most
-/// 2^-8 each; together 2^-9 in the mean).
+/// is float's rounding on the cpu, and on the device that of coefficients and of the steps' means to bf16, at most 2^-8
+/// each. (With 32 terms a group, errors of 1e-3 in the root mean square were measured.)
 template <backend B>
 inline constexpr double importance_error = 2e-6;
 template <>

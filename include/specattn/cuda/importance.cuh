@@ -112,55 +112,41 @@ __device__ __forceinline__ void write_sums(const importance_launch<T>& launch, s
   }
 }
 
-/// Adds the target's own weights of the round before to what the CTA has written of a tile: a thread a group.
+/// Adds the target's own weights of the round before to rows already written. blockIdx.x: a group; y: its share.
 template <storage T>
-__device__ void add_history(const importance_launch<T>& launch, std::int32_t begin, std::int32_t group) {
-  constexpr int ahead = 8;  // entries in flight
-  if (group >= launch.groups || launch.history[group] == 0.0f) return;
+__global__ void __launch_bounds__(importance_threads)
+    add_history_kernel(const __grid_constant__ importance_launch<T> launch) {
+  constexpr int ahead = 4;  // entries of a thread in flight
+  const auto group = static_cast<std::int32_t>(blockIdx.x);
+  const float coefficient = launch.history[group];
+  if (coefficient == 0.0f) return;
   const auto& history = launch.args.history;
   const std::int32_t kv_len = launch.kv_len();
-  const std::int32_t end = begin + importance_tile < kv_len ? begin + importance_tile : kv_len;
   const std::int32_t count = history.counts[group];
-  const std::int32_t entries = count == keep_all ? end : count;
-  std::int32_t at = 0;
-  if (count == keep_all) {
-    at = begin;
-  } else {
-    for (std::int32_t last = count; at < last;) {  // the first entry of the tile
-      const std::int32_t middle = at + (last - at) / 2;
-      if (history.positions(group, middle) < begin) {
-        at = middle + 1;
-      } else {
-        last = middle;
-      }
-    }
-  }
+  const std::int32_t entries = count == keep_all ? kv_len : count;
   float* out = &launch.args.out(group / launch.kv_heads, group % launch.kv_heads, launch.row, 0);
-  for (bool more = true; more && at < entries; at += ahead) {
+  const auto apart = static_cast<std::int32_t>(gridDim.y * blockDim.x);
+  for (auto first = static_cast<std::int32_t>(blockIdx.y * blockDim.x + threadIdx.x); first < entries;
+       first += apart * ahead) {
     std::int32_t positions[ahead];
-    float values[ahead];
+    float values[ahead] = {};
 #pragma unroll
     for (int i = 0; i < ahead; ++i) {
-      positions[i] = end;
-      if (at + i < entries) positions[i] = count == keep_all ? at + i : history.positions(group, at + i);
+      const std::int32_t at = first + i * apart;
+      positions[i] = kv_len;
+      if (at >= entries) continue;
+      positions[i] = count == keep_all ? at : history.positions(group, at);
+      values[i] = history.weights(group, at);
     }
 #pragma unroll
     for (int i = 0; i < ahead; ++i) {
-      if (positions[i] >= end) continue;
-      values[i] = fmaf(launch.history[group], history.weights(group, at + i), out[positions[i]]);
+      if (positions[i] < kv_len) values[i] = fmaf(coefficient, values[i], out[positions[i]]);
     }
 #pragma unroll
     for (int i = 0; i < ahead; ++i) {
-      if (positions[i] < end) out[positions[i]] = values[i];
+      if (positions[i] < kv_len) out[positions[i]] = values[i];
     }
-    more = positions[ahead - 1] < end;
   }
-}
-
-__device__ __forceinline__ void exchange(coefficient_fragments& a, coefficient_fragments& b) {
-  const coefficient_fragments kept = a;
-  a = b;
-  b = kept;
 }
 
 /// A CTA takes items (a slab of groups × a tile of positions), gridDim.x apart; neighbours have the same tile.
@@ -170,47 +156,34 @@ __global__ void __launch_bounds__(importance_threads, 1)
   extern __shared__ __align__(1024) std::byte importance_memory[];
   const std::int32_t items = launch.tiles() * launch.slabs;
   const auto first_item = static_cast<std::int32_t>(blockIdx.x), apart = static_cast<std::int32_t>(gridDim.x);
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   if (first_item >= items) return;
-  const auto block_at = [&](std::int32_t n) -> const std::byte* {
-    const std::int32_t item = first_item + n / launch.chunks * apart;
-    const std::ptrdiff_t block = std::ptrdiff_t{item / launch.slabs} * launch.chunks + n % launch.chunks;
-    return item < items ? launch.signals + block * importance_block_bytes : nullptr;
+  const auto source_of = [&](std::int32_t n) -> stage_source {
+    const std::int32_t item = first_item + n / launch.chunks * apart, chunk = n % launch.chunks;
+    if (item >= items) return {};
+    const std::ptrdiff_t slab = item % launch.slabs, tile = item / launch.slabs;
+    return {launch.coefficients + (slab * launch.chunks + chunk) * coefficient_block_bytes,
+            launch.signals + (tile * launch.chunks + chunk) * signal_block_bytes};
   };
-  const auto load = [&](coefficient_fragments& a, std::int32_t item, std::int32_t chunk) {
-    for (; chunk >= launch.chunks; chunk -= launch.chunks) item += apart;
-    const std::ptrdiff_t words = importance_chunk_depths * packed_depth / 8;
-    a.load(item < items, launch.coefficients + (std::ptrdiff_t{item % launch.slabs} * launch.chunks + chunk) * words,
-           warp, lane);
+  const importance_pipeline pipeline(importance_memory, source_of);
+  const auto done_with = [&](std::int32_t n) {
+    pipeline.release(n);
+    pipeline.refill(n, source_of);
   };
-  const importance_pipeline pipeline(importance_memory, block_at);
-  coefficient_fragments even, odd;
-  load(even, first_item, 0);
-  load(odd, first_item, 1);
   importance_sums sums;
   std::int32_t n = 0;
-  const auto take_block = [&](coefficient_fragments& a, std::int32_t item, std::int32_t chunk) {
-    multiply(sums, a, pipeline.wait(n));
-    pipeline.refill(n - 1, block_at);
-    finish_multiply(sums);
-    load(a, item, chunk + 2);
-    pipeline.release(n++);
-  };
   for (std::int32_t item = first_item; item < items; item += apart) {
     sums.clear();
-    for (std::int32_t chunk = 0; chunk < launch.chunks; chunk += 2) {
-      take_block(even, item, chunk);
-      if (chunk + 1 < launch.chunks) take_block(odd, item, chunk + 1);
+    for (std::int32_t chunk = 0; chunk < launch.chunks; ++chunk, ++n) {
+      multiply(sums, pipeline.wait(n));
+      settle<products_in_flight>(sums);
+      if (chunk >= products_in_flight) done_with(n - products_in_flight);
     }
-    if (launch.chunks % 2 == 1) exchange(even, odd);
+    settle<0>(sums);
+    if (products_in_flight > 0) done_with(n - 1);
     const std::int32_t begin = launch.begin + item / launch.slabs * importance_tile;
     const std::int32_t first_group = item % launch.slabs * importance_slab;
     add_uniform(launch, begin, first_group, sums);
     write_sums(launch, begin, first_group, sums);
-    if (launch.history != nullptr) {
-      __syncthreads();
-      add_history(launch, begin, first_group + static_cast<std::int32_t>(threadIdx.x));
-    }
   }
 }
 
@@ -221,7 +194,7 @@ struct importance_impl<cuda> {
   static std::size_t workspace_bytes(const context<cuda>&, const resident_mixture<cuda>& mixture, std::ptrdiff_t,
                                      std::ptrdiff_t kv_len) {
     const std::ptrdiff_t tiles = ((std::min)(kv_len, std::ptrdiff_t{window}) + importance_tile - 1) / importance_tile;
-    return static_cast<std::size_t>(tiles * mixture.chunks_) * importance_block_bytes;
+    return static_cast<std::size_t>(tiles * mixture.chunks_) * signal_block_bytes;
   }
 
   template <storage T>
@@ -230,7 +203,7 @@ struct importance_impl<cuda> {
     importance_launch<T> launch{};
     launch.args = args;
     launch.signals = ctx.workspace(workspace_bytes(ctx, mixture, 0, args.kv_len), "importance");
-    launch.coefficients = reinterpret_cast<const uint4*>(mixture.packed_.data());
+    launch.coefficients = reinterpret_cast<const std::byte*>(mixture.packed_.data());
     launch.uniform = mixture.uniform_.data();
     launch.uniform_len = mixture.uniform_len_.data();
     if (mixture.signals.history && !args.history.counts.empty()) launch.history = mixture.history_.data();
@@ -243,11 +216,10 @@ struct importance_impl<cuda> {
     launch.window = window;
     launch.wide_reads = aligned(args.draft_weights, 16);
     launch.wide_writes = aligned(args.out, 8);
-    check_cuda(cudaFuncSetAttribute(mix_signals_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    importance_shared_bytes),
-               "importance");
     for (launch.row = 0; launch.row < args.out.extent(2); ++launch.row) {
-      for (launch.begin = 0; launch.begin < args.kv_len; launch.begin += window) start(ctx, launch);
+      for (launch.begin = 0; launch.begin < args.kv_len; launch.begin += window) mix_window(ctx, launch);
+      if (launch.history != nullptr)
+        start(ctx, add_history_kernel<T>, dim3(static_cast<unsigned>(launch.groups), 4), 0, launch);
     }
   }
 
@@ -262,15 +234,34 @@ struct importance_impl<cuda> {
 
   /// Grids are for the most positions there can be; how many there are is read on the device.
   template <storage T>
-  static void start(context<cuda>& ctx, const importance_launch<T>& launch) {
+  static void mix_window(context<cuda>& ctx, const importance_launch<T>& launch) {
     const std::int32_t positions = (std::min)(launch.args.kv_len - launch.begin, window);
     const std::int32_t tiles = (positions + importance_tile - 1) / importance_tile;
     const dim3 parts(static_cast<unsigned>(tiles), static_cast<unsigned>(launch.chunks * (importance_chunk / 16)));
-    combine_steps_kernel<<<parts, importance_threads, 0, ctx.stream()>>>(launch);
-    check_cuda(cudaGetLastError(), "importance");
-    const auto ctas = static_cast<unsigned>((std::min)(tiles * launch.slabs, ctx.multiprocessors()));
-    mix_signals_kernel<<<ctas, importance_threads, importance_shared_bytes, ctx.stream()>>>(launch);
-    check_cuda(cudaGetLastError(), "importance");
+    start(ctx, combine_steps_kernel<T>, parts, 0, launch);
+    const int shared_bytes = importance_shared_bytes(stages(mix_signals_kernel<T>));
+    check_cuda(cudaFuncSetAttribute(mix_signals_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
+               "importance");
+    const dim3 ctas(static_cast<unsigned>((std::min)(tiles * launch.slabs, ctx.multiprocessors())));
+    start(ctx, mix_signals_kernel<T>, ctas, shared_bytes, launch);
+  }
+
+  /// Of the code that runs: code for older devices may be running on a new one.
+  template <class Kernel>
+  static int stages(Kernel kernel) {
+    cudaFuncAttributes compiled{};
+    check_cuda(cudaFuncGetAttributes(&compiled, kernel), "importance");
+    return compiled.ptxVersion >= 90 ? importance_stages : importance_stages_before_hopper;
+  }
+
+  template <class Launch>
+  static void start(context<cuda>& ctx, void (*kernel)(Launch), dim3 grid, int shared_bytes, const Launch& launch) {
+    cudaLaunchConfig_t config{};
+    config.gridDim = grid;
+    config.blockDim = dim3(importance_threads);
+    config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
+    config.stream = ctx.stream();
+    check_cuda(cudaLaunchKernelEx(&config, kernel, launch), "importance");
   }
 };
 
@@ -283,8 +274,7 @@ inline resident_mixture<cuda>::resident_mixture(const sparse_mixture& from)
   const auto uniforms = static_cast<std::int32_t>(signals.windows.size()) + (signals.sinks > 0 ? 1 : 0);
   slabs_ = (groups_ + importance_slab - 1) / importance_slab;
   chunks_ = (heads + importance_chunk - 1) / importance_chunk;
-  const std::ptrdiff_t depths = std::ptrdiff_t{chunks_} * importance_chunk_depths;
-  std::vector<std::uint16_t> packed(static_cast<std::size_t>(slabs_ * depths * packed_depth));
+  std::vector<std::uint16_t> packed(static_cast<std::size_t>(slabs_ * chunks_) * (coefficient_block_bytes / 2));
   std::vector<float> uniform(static_cast<std::size_t>(groups_) * static_cast<std::size_t>(uniforms));
   std::vector<float> history(static_cast<std::size_t>(groups_));
   for (std::int32_t g = 0; g < groups_; ++g) {
@@ -292,9 +282,10 @@ inline resident_mixture<cuda>::resident_mixture(const sparse_mixture& from)
          ++t) {
       const auto [signal, coefficient] = from.terms[static_cast<std::size_t>(t)];
       if (signal < heads) {
-        const std::ptrdiff_t depth = g / importance_slab * depths + signal / importance_depth;
-        const std::ptrdiff_t at = packed_coefficient(g % importance_slab, signal % importance_depth);
-        packed[static_cast<std::size_t>(depth * packed_depth + at)] = from_float<bf16>(coefficient).bits;
+        const std::ptrdiff_t block = g / importance_slab * chunks_ + signal / importance_chunk;
+        const std::ptrdiff_t at =
+            block * coefficient_block_bytes + packed_coefficients(g % importance_slab, signal % importance_chunk / 8);
+        packed[static_cast<std::size_t>(at / 2 + signal % 8)] = from_float<bf16>(coefficient).bits;
       } else if (signal < heads + uniforms) {
         uniform[static_cast<std::size_t>(std::ptrdiff_t{g} * uniforms + signal - heads)] = coefficient;
       } else {

@@ -1,72 +1,40 @@
 // The product of importance on tensor cores: a warpgroup's 128 groups × 128 positions, signals in steps of 16.
 //
-// Coefficients are read from memory in the order in which tensor cores want them, straight into registers; signals lie
-// in shared memory, in blocks of 64 signals × 128 positions. wgmma on Hopper (compiled for sm_90a), mma elsewhere: both have the same
-// registers, so that only multiply() differs.
+// Both factors come from shared memory, where a stage holds a block of coefficients (256 groups × 64 signals) and one of
+// signals (64 × 128 positions), laid out so that they are copied there as they are. wgmma on Hopper (compiled for
+// sm_90a), mma elsewhere: both leave sums in the same registers, so that only multiply() differs.
 #pragma once
-
-#include <cuda_bf16.h>
 
 #include <cstddef>
 #include <cstdint>
 
 #include "../config.hpp"
+#include "mma.cuh"
 
 namespace specattn::inline v0_1::detail {
 
-inline constexpr int importance_slab = 256;  // groups of a CTA
-inline constexpr int importance_tile = 128;  // positions of a CTA
-inline constexpr int importance_chunk = 64;  // signals of a block
-inline constexpr int importance_depth = 16;  // signals of one instruction
-inline constexpr int importance_chunk_depths = importance_chunk / importance_depth;
+inline constexpr int importance_slab = 256;                                             // groups of a CTA
+inline constexpr int importance_tile = 128;                                             // positions of a CTA
+inline constexpr int importance_chunk = 64;                                             // signals of a stage
+inline constexpr int importance_depth = 16;                                             // signals of one instruction
+inline constexpr int coefficient_block_bytes = importance_slab * importance_chunk * 2;  // bf16
+inline constexpr int signal_block_bytes = importance_chunk * importance_tile * 2;
+inline constexpr int importance_stage_bytes = coefficient_block_bytes + signal_block_bytes;  // in this order
 
-/// Where coefficient (group of a slab, signal of 16) lies among a slab's 16 × 32 × 8 of these 16 signals: a 16 × 16
-/// block for each 16 groups, a lane's eight elements side by side.
-SPECATTN_HD inline std::ptrdiff_t packed_coefficient(int group, int signal) {
-  const int lane = group % 8 * 4 + signal % 8 / 2;
-  const int element = (group % 16 / 8 + signal / 8 * 2) * 2 + signal % 2;
-  return (std::ptrdiff_t{group / 16} * 32 + lane) * 8 + element;
+/// Byte offset of eight signals (`octet` of 8) of a group in its block: matrices of 8 × 8, eight groups' rows side by
+/// side, all of an octet's before the next octet's.
+SPECATTN_HD inline std::ptrdiff_t packed_coefficients(int group, int octet) {
+  return (octet * std::ptrdiff_t{importance_slab / 8} + group / 8) * 128 + group % 8 * 16;
 }
-inline constexpr std::ptrdiff_t packed_depth = importance_slab * importance_depth;  // elements
 
-/// Byte offset of eight positions (`octet` of 16) of a signal in a block: two halves of 64 positions, rows of 128
+/// Byte offset of eight positions (`octet` of 16) of a signal in its block: two halves of 64 positions, rows of 128
 /// bytes whose 16-byte parts are exchanged so that eight rows' parts lie in different banks (wgmma's 128-byte swizzle).
-SPECATTN_HD inline std::uint32_t staged_octet(int signal, int octet) {
+SPECATTN_HD inline std::uint32_t packed_signals(int signal, int octet) {
   const int half = octet / 8;
   return static_cast<std::uint32_t>(half * (importance_chunk * 128) + signal * 128 + (octet % 8 ^ signal % 8) * 16);
 }
-inline constexpr int importance_block_bytes = importance_chunk * importance_tile * 2;  // bf16; 1024-byte aligned
 
-__device__ __forceinline__ std::uint32_t shared_address(const void* shared) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
-}
-
-/// A warp's coefficients for one chunk: rows of its two 16-group blocks.
-struct coefficient_fragments {
-  uint4 at[importance_chunk_depths][2] = {};
-
-  /// Replaces them where `wanted`. `from`: the slab's coefficients at the chunk's first signal.
-  ///
-  /// wgmma reads its registers after it was issued, which nvcc forgets: it would give them to other values, or elide
-  /// a copy made to keep them. As a load that may not happen this is a use of the old values, behind the wait.
-  __device__ __forceinline__ void load(bool wanted, const uint4* from, int warp, int lane) {
-#pragma unroll
-    for (int depth = 0; depth < importance_chunk_depths; ++depth) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int block = warp / 4 * 8 + i * 4 + warp % 4;
-        uint4& to = at[depth][i];
-        asm volatile(
-            "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %5, 0;\n"
-            "@wanted ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-            : "+r"(to.x), "+r"(to.y), "+r"(to.z), "+r"(to.w)
-            : "l"(from + depth * (packed_depth / 8) + block * 32 + lane), "r"(static_cast<int>(wanted)));
-      }
-    }
-  }
-};
-
-/// A thread's sums: at[i][4 j + 2 h + c] is group `row(i, h)` of the slab at position 8 j + 2 (lane % 4) + c.
+/// A thread's sums: at[i][4 j + 2 h + c] is group row(…, i, h) of the slab at position 8 j + 2 (lane % 4) + c.
 struct importance_sums {
   float at[2][importance_tile / 2];
 
@@ -84,7 +52,9 @@ struct importance_sums {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-/// Keeps the compiler from moving what an instruction in flight still reads or writes.
+inline constexpr int products_in_flight = 1;  ///< behind the newest that multiply() has started
+
+/// Keeps the compiler from moving what an instruction in flight still writes.
 __device__ __forceinline__ void pin(importance_sums& sums) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -93,8 +63,8 @@ __device__ __forceinline__ void pin(importance_sums& sums) {
   }
 }
 
-/// d += a × (16 signals × 128 positions at `signals`). Asynchronous.
-__device__ __forceinline__ void wgmma(float (&d)[64], uint4 a, std::uint64_t signals) {
+/// d += coefficients (64 groups × 16) × signals (16 × 128 positions), both by descriptor. Asynchronous.
+__device__ __forceinline__ void wgmma(float (&d)[64], std::uint64_t coefficients, std::uint64_t signals) {
   asm volatile(
       "{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, 1, 0;\n"
       "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
@@ -102,7 +72,7 @@ __device__ __forceinline__ void wgmma(float (&d)[64], uint4 a, std::uint64_t sig
       "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
       "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
       "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "{%64, %65, %66, %67}, %68, accumulate, 1, 1, 1;\n}"
+      "%64, %65, accumulate, 1, 1, 0, 1;\n}"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
         "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
         "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
@@ -111,62 +81,73 @@ __device__ __forceinline__ void wgmma(float (&d)[64], uint4 a, std::uint64_t sig
         "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),
         "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),
         "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "l"(signals));
+      : "l"(coefficients), "l"(signals));
 }
 
-/// Starts sums += coefficients × the chunk at shared address `stage`; neither may change before finish_multiply().
-__device__ __forceinline__ void multiply(importance_sums& sums, const coefficient_fragments& a, std::uint32_t stage) {
-  constexpr std::uint64_t halves_apart = importance_chunk * 128, octets_apart = 1024, swizzle_128 = 1;
-  // A shared address may have the CTA's rank in a cluster above these 18 bits.
-  constexpr std::uint64_t layout = halves_apart / 16 << 16 | octets_apart / 16 << 32 | swizzle_128 << 62;
+/// A descriptor of shared memory: two distances between its parts, in bytes.
+__device__ __forceinline__ std::uint64_t describe(std::uint32_t address, std::uint64_t leading,
+                                                  std::uint64_t stride) {
+  return address % (1u << 18) / 16 | leading / 16 << 16 | stride / 16 << 32;
+}
+
+/// Starts sums += the product of the stage at shared address `stage`, which stays as it is until settle() says so.
+__device__ __forceinline__ void multiply(importance_sums& sums, std::uint32_t stage) {
+  constexpr std::uint64_t swizzle_128 = std::uint64_t{1} << 62;
+  constexpr std::uint32_t octet_bytes = importance_slab / 8 * 128;
+  const std::uint32_t groups = stage + threadIdx.x / 128 * (128 / 8 * 128);
   pin(sums);
   asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-  for (int depth = 0; depth < importance_chunk_depths; ++depth) {
-    const std::uint64_t signals = layout | (stage + depth * (importance_depth * 128)) % (1u << 18) / 16;
-    wgmma(sums.at[0], a.at[depth][0], signals);
-    wgmma(sums.at[1], a.at[depth][1], signals);
+  for (int depth = 0; depth < importance_chunk / importance_depth; ++depth) {
+    const std::uint32_t coefficients = groups + depth * 2 * octet_bytes;
+    const std::uint32_t rows = stage + coefficient_block_bytes + depth * importance_depth * 128;
+    const std::uint64_t signals = describe(rows, importance_chunk * 128, 1024) | swizzle_128;
+    wgmma(sums.at[0], describe(coefficients, octet_bytes, 128), signals);
+    wgmma(sums.at[1], describe(coefficients + 64 / 8 * 128, octet_bytes, 128), signals);
   }
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
 
-__device__ __forceinline__ void finish_multiply(importance_sums& sums) {
-  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+/// Waits until at most `Open` products are under way; sums are valid when none is.
+template <int Open>
+__device__ __forceinline__ void settle(importance_sums& sums) {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(Open) : "memory");
   pin(sums);
 }
 
 #else
 
-__device__ __forceinline__ void mma(float* d, uint4 a, std::uint32_t b0, std::uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-}
+inline constexpr int products_in_flight = 0;
 
-__device__ __forceinline__ void multiply(importance_sums& sums, const coefficient_fragments& a, std::uint32_t stage) {
-  const int lane = static_cast<int>(threadIdx.x) % 32;
+__device__ __forceinline__ void multiply(importance_sums& sums, std::uint32_t stage) {
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll
-  for (int depth = 0; depth < importance_chunk_depths; ++depth) {
+  for (int depth = 0; depth < importance_chunk / importance_depth; ++depth) {
+    std::uint32_t a[2][4];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int group = importance_sums::row(warp, 0, i, 0) + lane % 16;
+      load_matrices(a[i], stage + static_cast<std::uint32_t>(packed_coefficients(group, depth * 2 + lane / 16)));
+    }
 #pragma unroll
     for (int pair = 0; pair < importance_tile / 16; ++pair) {
-      const std::uint32_t from = stage + staged_octet(depth * importance_depth + lane % 16, pair * 2 + lane / 16);
-      uint4 b;
-      asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(b.x), "=r"(b.y), "=r"(b.z), "=r"(b.w)
-                   : "r"(from)
-                   : "memory");
+      std::uint32_t b[4];
+      load_transposed(b, stage + coefficient_block_bytes +
+                             packed_signals(depth * importance_depth + lane % 16, pair * 2 + lane / 16));
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        mma(sums.at[i] + pair * 8, a.at[depth][i], b.x, b.y);
-        mma(sums.at[i] + pair * 8 + 4, a.at[depth][i], b.z, b.w);
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float(&sum)[4] = *reinterpret_cast<float(*)[4]>(sums.at[i] + pair * 8 + j * 4);
+          multiply_add<bf16>(sum, a[i], b[j * 2], b[j * 2 + 1]);
+        }
       }
     }
   }
 }
 
-__device__ __forceinline__ void finish_multiply(importance_sums&) {}
+template <int Open>
+__device__ __forceinline__ void settle(importance_sums&) {}
 
 #endif
 

@@ -1,7 +1,6 @@
 // The draft's rows, scaled to unit mass and averaged over the steps, as bf16 blocks that the product takes as they are.
 #pragma once
 
-#include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <concepts>
@@ -19,8 +18,8 @@ inline constexpr int importance_threads = 256;
 template <storage T>
 struct importance_launch {
   importance_args<cuda, T> args;
-  std::byte* signals;               ///< [tiles of the window, chunks] blocks of importance_block_bytes
-  const uint4* coefficients;        ///< [slabs, chunks × 4, packed_depth / 8]
+  std::byte* signals;               ///< [tiles of the window, chunks] blocks of signal_block_bytes
+  const std::byte* coefficients;    ///< [slabs, chunks] blocks of coefficient_block_bytes
   const float* uniform;             ///< [groups, uniforms] coefficients of windows and sinks
   const std::int32_t* uniform_len;  ///< [uniforms] positions asked for; the sinks, when there are any, last
   const float* history;             ///< [groups] coefficients; nullptr: there is none
@@ -79,14 +78,9 @@ struct weight_octet {
   }
 };
 
-__device__ __forceinline__ std::uint32_t bf16_pair(float low, float high) {
-  const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return static_cast<std::uint32_t>(__bfloat16_as_ushort(pair.y)) << 16 | __bfloat16_as_ushort(pair.x);
-}
-
 /// A CTA makes 16 draft heads × a tile of positions: a thread eight positions of one head, from every step.
 template <storage T>
-__global__ void __launch_bounds__(importance_threads)
+__global__ void __launch_bounds__(importance_threads, sizeof(T) == 2 ? 4 : 3)
     combine_steps_kernel(const __grid_constant__ importance_launch<T> launch) {
   constexpr int ahead = 4;  // steps whose loads are in flight together
   const auto& args = launch.args;
@@ -121,9 +115,9 @@ __global__ void __launch_bounds__(importance_threads)
   }
   const std::ptrdiff_t block = std::ptrdiff_t{tile} * launch.chunks + signal / importance_chunk;
   std::byte* to =
-      launch.signals + block * importance_block_bytes + staged_octet(signal % importance_chunk, thread % 16);
-  *reinterpret_cast<uint4*>(to) = uint4{bf16_pair(sums[0], sums[1]), bf16_pair(sums[2], sums[3]),
-                                        bf16_pair(sums[4], sums[5]), bf16_pair(sums[6], sums[7])};
+      launch.signals + block * signal_block_bytes + packed_signals(signal % importance_chunk, thread % 16);
+  *reinterpret_cast<uint4*>(to) = uint4{rounded_pair<bf16>(sums[0], sums[1]), rounded_pair<bf16>(sums[2], sums[3]),
+                                        rounded_pair<bf16>(sums[4], sums[5]), rounded_pair<bf16>(sums[6], sums[7])};
 }
 
 }  // namespace specattn::inline v0_1::detail
