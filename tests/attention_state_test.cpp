@@ -75,6 +75,18 @@ TEST_CASE("attention_state: merging with the empty state changes nothing, on eit
   CHECK(both.state.sum == 0.0f);
 }
 
+TEST_CASE(
+    "attention_state: brought to a larger maximum, a state is scaled as merging scales it; the empty one to "
+    "nothing") {
+  const attention_state some{-1.5f, 2.5f};
+  for (float max : {-1.5f, 0.0f, 3.25f}) {
+    const auto m = specattn::merge(some, {max, 1.0f});
+    CHECK(specattn::scale_to(some, max) == m.scale_a);
+    CHECK(specattn::scale_to({}, max) == 0.0f);
+  }
+  CHECK(specattn::scale_to({}, nothing) == 0.0f);
+}
+
 TEST_CASE("attention_state: any split of the positions merges to the whole") {
   for (float spread : {0.1f, 3.0f, 40.0f}) {
     const auto scores = random_scores(97, 3, spread);

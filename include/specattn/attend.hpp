@@ -106,6 +106,11 @@ std::size_t attend_workspace_bytes(const context<B>& ctx, const attend_shape& sh
 /// cpu, on the other slots or sequences of the batch or on the number of threads; listing every position gives the
 /// bits of the dense pass.
 ///
+/// On cuda, offsets, lengths and counts are read when the work runs: a captured graph follows them, and nothing checks
+/// them but that a count is cut to its list's row and a recording to its own. With 16-bit storage, queries and weights
+/// enter the products as sums of two elements (16 bits of them with bf16, 22 with fp16), and a value that is not finite
+/// reaches every slot of its sequence that shares a tile of positions with it.
+///
 /// \pre    the slots' keys and values are in the cache; lists satisfy the invariants of selection_view
 /// \throws contract_error (shapes, a recording too short, a workspace too small)
 /// \cost   4 * slots * q_heads * attended * head_dim flop; reads 2 * attended * kv_heads * head_dim elements a sequence
