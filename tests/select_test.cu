@@ -60,6 +60,30 @@ TEST_CASE("select on the device: every cluster size, and rows beyond the largest
   }
 }
 
+TEST_CASE("select on the device: rows of every kind, on one CTA and on eight, give the CPU's lists") {
+  cuda_fixture fixture;
+  cpu_fixture cpu;
+  std::mt19937 random(56);
+  for (const std::ptrdiff_t length : {4096, 16384, 40000, 131072}) {
+    for (const float top_p : {0.3f, 0.9f, 0.95f, 0.999f}) {
+      specattn::selection_rule rule;
+      rule.top_p = top_p;
+      if (top_p > 0.9f && top_p < 0.99f) rule.recent = 3000;
+      auto p = dense_problem<float>(8, 1, length, rule);
+      fill_mixed(p, random);
+      for (std::ptrdiff_t i = 0; i < length; ++i) {
+        const float u = static_cast<float>(random() % 65536u + 1) / 65536.0f;
+        p.at(0, 0, i) = 0.25f;                                      // all equal
+        p.at(1, 0, i) = static_cast<float>(1u << (random() % 8u));  // heavy ties
+        p.at(2, 0, i) = u;
+        p.at(3, 0, i) = std::exp(-12.0f * u);
+        p.at(4, 0, i) = i == length / 2 ? 1.0f : 1e-9f * u;  // one-hot
+      }
+      same_as_cpu(fixture, cpu, p);
+    }
+  }
+}
+
 TEST_CASE("select on the device: a captured graph follows lengths that change between replays") {
   cuda_fixture fixture;
   specattn::context<specattn::cpu> cpu;

@@ -1,13 +1,11 @@
-// select() on the device: one launch, a cluster of CTAs for each group, the row in their shared memory.
+// select() on the device: one launch, a cluster of CTAs for each group.
 //
-// A CTA reads its part of a row once, coalesced, and keeps it as order keys. Every sweep over them counts
-// keys into 4096 bins of one word each (shared memory has no fast 64-bit sums), bounds each bin's mass by its edges,
-// and narrows to the bins that can hold the threshold while the mass above is summed exactly in registers; two or
-// three sweeps find it. Kept positions become bits by ballot, lists by a scan over the words: ascending without a
-// sort. Rows too long for a cluster's memory, combined rows and pages are swept in memory instead.
+// A lone row is read once, kept in the cluster's shared memory, and chosen from by a sample: select_row.cuh. Rows too
+// long for that, groups of several rows, pages and the paper's bisection are swept in memory: select_group.cuh. Both
+// count masses in integers, so their lists are the CPU's to the bit. Kept positions become bits, and lists by a scan
+// over the words: ascending without a sort.
 //
-// After FlashInfer's and CUB's radix selections (their key and their one-read residency), with mass in place of
-// counts and bounds in place of 64-bit atomics.
+// After FlashInfer's and CUB's radix selections (their key and their one-read residency), with mass in place of counts.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,47 +16,48 @@
 #include "../select.hpp"
 #include "context.cuh"
 #include "select_group.cuh"
+#include "select_row.cuh"
 
 namespace specattn::inline v0_1::detail {
 
-template <storage T, class Row>
-__global__ void __launch_bounds__(select_threads, 2)
-    select_kernel(const __grid_constant__ select_launch<T> launch, bool combined) {
+/// Lone rows in shared memory; what those leave, and all else, is swept in memory.
+template <storage T>
+__global__ void __launch_bounds__(select_threads, 3)
+    select_rows_kernel(const __grid_constant__ select_launch<T> launch) {
+  __shared__ select_row_memory memory;
+  extern __shared__ uint4 member_memory[];  // the keys, or what select_group needs
+  auto* search = reinterpret_cast<select_team_memory*>(member_memory);
+  select_team team(*search);
+  const std::ptrdiff_t group = blockIdx.x / static_cast<unsigned>(team.size());
+  if (select_row<T>(launch, team, group, memory, reinterpret_cast<std::uint32_t*>(member_memory)).run(group)) return;
+  __syncthreads();
+  const std::int32_t share = member_share(launch.from.weights.extent(2), team.size());
+  select_scratch_view scratch;
+  scratch.own = true;
+  scratch.kept = reinterpret_cast<std::uint32_t*>(search + 1);
+  scratch.equal = scratch.kept + share / 32;
+  select_group<T>(launch, team, group, scratch).run(group);
+}
+
+template <storage T>
+__global__ void __launch_bounds__(select_threads, 4)
+    select_groups_kernel(const __grid_constant__ select_launch<T> launch, bool combined) {
   __shared__ select_team_memory memory;
-  extern __shared__ std::uint32_t member_words[];  // resident rows: keys, kept, equal
   select_team team(memory);
   const std::ptrdiff_t group = blockIdx.x / static_cast<unsigned>(team.size());
   select_scratch_view scratch;
-  Row row;
-  if constexpr (Row::in_workspace) {
-    scratch.lay_out(launch.workspace + group * static_cast<std::ptrdiff_t>(launch.group_bytes),
-                    launch.from.weights.extent(2), combined, launch.rule.page_size > 1);
-  } else {
-    const std::int32_t share = member_share(launch.from.weights.extent(2), team.size());
-    row.keys = member_words;
-    scratch.kept = member_words + share;
-    scratch.equal = scratch.kept + share / 32;
-  }
-  select_group<T, Row>(launch, team, scratch, row).run(group);
+  scratch.lay_out(launch.workspace + group * static_cast<std::ptrdiff_t>(launch.group_bytes),
+                  launch.from.weights.extent(2), combined, launch.rule.page_size > 1);
+  select_group<T>(launch, team, group, scratch).run(group);
 }
 
 template <>
 struct select_impl<cuda> {
-  /// Positions a CTA holds: so many that a Hopper multiprocessor holds two CTAs, or that one fits elsewhere.
-  static std::int32_t most_share(const context<cuda>& ctx) {
-    const auto needed = static_cast<int>(sizeof(select_team_memory) + shared_bytes(16384));
-    return ctx.block_shared_bytes() > needed ? 16384 : 8192;
-  }
-  static std::size_t shared_bytes(std::int32_t share) {  // keys, and two words of bits for 32 of them
-    return static_cast<std::size_t>(share + share / 16) * sizeof(std::uint32_t);
-  }
-
   static std::size_t workspace_bytes(const context<cuda>& ctx, std::ptrdiff_t groups, std::ptrdiff_t rows,
                                      std::ptrdiff_t kv_len, const selection_rule& rule) {
-    const bool combined = rows > 1;
-    const bool paged = rule.page_size > 1;
-    if (!combined && !paged && kv_len <= most_resident(ctx)) return 0;
-    return static_cast<std::size_t>(groups) * select_scratch_view{}.lay_out(nullptr, kv_len, combined, paged);
+    if (rows == 1 && is_resident(ctx, kv_len, rule)) return 0;
+    return static_cast<std::size_t>(groups) *
+           select_scratch_view{}.lay_out(nullptr, kv_len, rows > 1, rule.page_size > 1);
   }
 
   template <storage T>
@@ -68,43 +67,52 @@ struct select_impl<cuda> {
     const std::ptrdiff_t rows = from.weights.extent(1);
     const std::ptrdiff_t kv_len = from.weights.extent(2);
     if (groups == 0) return;
+    select_launch<T> launch{from, rule, out};
+    if (rows == 1 && is_resident(ctx, kv_len, rule)) {
+      const int cluster = cluster_for(ctx, groups, kv_len);
+      return start(ctx, select_rows_kernel<T>, groups, cluster, shared_bytes(member_share(kv_len, cluster)), launch);
+    }
     const bool cap_may_bite = rule.max_tokens < kv_len || out.capacity() < kv_len;
     const bool combined = rows > 1 && (rule.rows != combine::unite || cap_may_bite || !out.mass.empty());
-    select_launch<T> launch{from, rule, out};
-    if (combined || rule.page_size > 1 || kv_len > most_resident(ctx)) {
-      launch.group_bytes = select_scratch_view{}.lay_out(nullptr, kv_len, combined, rule.page_size > 1);
-      launch.workspace = ctx.workspace(static_cast<std::size_t>(groups) * launch.group_bytes, "select");
-      return start<streamed_row<T>>(ctx, launch, cluster_for(ctx, groups, kv_len), 0, combined);
-    }
-    const int cluster = cluster_for(ctx, groups, kv_len);
-    start<resident_row<T>>(ctx, launch, cluster, shared_bytes(member_share(kv_len, cluster)), false);
+    launch.group_bytes = select_scratch_view{}.lay_out(nullptr, kv_len, combined, rule.page_size > 1);
+    launch.workspace = ctx.workspace(static_cast<std::size_t>(groups) * launch.group_bytes, "select");
+    start(ctx, select_groups_kernel<T>, groups, cluster_for(ctx, groups, kv_len), 0, launch, combined);
   }
 
  private:
-  static int largest_cluster(const context<cuda>& ctx) { return ctx.compute_major() >= 9 ? select_max_cluster : 1; }
-  /// Positions that the largest cluster holds.
-  static std::ptrdiff_t most_resident(const context<cuda>& ctx) {
-    return std::ptrdiff_t{largest_cluster(ctx)} * most_share(ctx);
+  /// A CTA's share of a row: so large that a Hopper multiprocessor holds three CTAs, or that one fits elsewhere.
+  static constexpr std::int32_t most_share = 16384;
+  static_assert(most_share == 64 * select_threads);
+  static std::size_t shared_bytes(std::int32_t share) {
+    const std::size_t keys = static_cast<std::size_t>(share) * sizeof(std::uint32_t);
+    const std::size_t search =
+        sizeof(select_team_memory) + static_cast<std::size_t>(share) / 4;  // two bits a position
+    return keys > search ? keys : search;
   }
 
-  /// The smallest cluster that holds a row, and as large a one as still runs in one wave of two CTAs a multiprocessor
-  /// and leaves a thread two positions. A little room in the wave: not every multiprocessor is in a whole cluster.
+  static int largest_cluster(const context<cuda>& ctx) { return ctx.compute_major() >= 9 ? select_max_cluster : 1; }
+  static bool is_resident(const context<cuda>& ctx, std::ptrdiff_t kv_len, const selection_rule& rule) {
+    return rule.page_size == 1 && rule.method == threshold_method::exact &&
+           kv_len <= std::ptrdiff_t{largest_cluster(ctx)} * most_share;
+  }
+
+  /// The smallest cluster that holds a row, or, where all rows run at once all the same, one that leaves a CTA half.
   static int cluster_for(const context<cuda>& ctx, std::ptrdiff_t groups, std::ptrdiff_t kv_len) {
     int cluster = 1;
     while (cluster < largest_cluster(ctx)) {
-      const bool fits = kv_len <= std::ptrdiff_t{cluster} * most_share(ctx);
+      const bool fits = kv_len <= std::ptrdiff_t{cluster} * most_share;
       const bool another_wave = groups * cluster * 2 > 2 * ctx.multiprocessors() * 9 / 10;
-      if (fits && (another_wave || kv_len < std::ptrdiff_t{cluster} * 4 * select_threads)) break;
+      if (fits && (another_wave || kv_len <= std::ptrdiff_t{cluster} * most_share / 2)) break;
       cluster *= 2;
     }
     return cluster;
   }
 
-  template <class Row, storage T>
-  static void start(context<cuda>& ctx, const select_launch<T>& launch, int cluster, std::size_t shared_bytes,
-                    bool combined) {
-    const std::ptrdiff_t blocks = launch.out.groups() * cluster;
-    expects(blocks <= INT32_MAX, "select: ", launch.out.groups(), " groups are more than one launch takes");
+  template <class... Arguments>
+  static void start(context<cuda>& ctx, void (*kernel)(Arguments...), std::ptrdiff_t groups, int cluster,
+                    std::size_t shared_bytes, std::type_identity_t<Arguments>... arguments) {
+    const std::ptrdiff_t blocks = groups * cluster;
+    expects(blocks <= INT32_MAX, "select: ", groups, " groups are more than one launch takes");
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
     config.blockDim = dim3(select_threads);
@@ -116,10 +124,10 @@ struct select_impl<cuda> {
     size.val.clusterDim.y = size.val.clusterDim.z = 1;
     config.attrs = &size;
     config.numAttrs = ctx.compute_major() >= 9 ? 1 : 0;
-    check_cuda(cudaFuncSetAttribute(select_kernel<T, Row>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared_bytes)),
-               "select");
-    check_cuda(cudaLaunchKernelEx(&config, select_kernel<T, Row>, launch, combined), "select");
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
+        "select");
+    check_cuda(cudaLaunchKernelEx(&config, kernel, arguments...), "select");
   }
 };
 

@@ -5,29 +5,9 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "../select.hpp"
-#include "select_search.cuh"
-#include "select_team.cuh"
+#include "select_part.cuh"
 
 namespace specattn::inline v0_1::detail {
-
-/// What a launch is asked for; passed by value.
-template <storage T>
-struct select_launch {
-  importance<T, cuda> from;
-  selection_rule rule;
-  selection_view<cuda> out;
-  std::byte* workspace = nullptr;
-  std::size_t group_bytes = 0;  ///< of the workspace, a group's part
-};
-
-/// Items of one member of a cluster: whole words.
-SPECATTN_HD inline std::int32_t member_share(std::int64_t items, int members) {
-  const std::int64_t words = (items + 31) / 32;
-  std::int64_t share = words;
-  for (int part = 1; part < members; part *= 2) share = (share + 1) / 2;  // members is a power of two
-  return static_cast<std::int32_t>(share * 32);
-}
 
 /// A group's part of the workspace. Rows that fit a cluster's shared memory need none.
 struct select_scratch_view {
@@ -35,6 +15,7 @@ struct select_scratch_view {
   std::uint64_t* pages = nullptr;   ///< items: mass of a row's pages, in the end of the combined rows'
   std::uint32_t* kept = nullptr;    ///< words
   std::uint32_t* equal = nullptr;   ///< words
+  bool own = false;                 ///< the words are those of this CTA alone
 
   /// Lays the arrays out from `base`, which may be null, and returns the bytes they take.
   SPECATTN_HD std::size_t lay_out(std::byte* base, std::ptrdiff_t kv_len, bool combined, bool paged) {
@@ -53,27 +34,32 @@ struct select_scratch_view {
   }
 };
 
-template <storage T, class Row>
-class select_group {
+template <storage T>
+class select_group : group_part {
  public:
-  __device__ select_group(const select_launch<T>& launch, select_team& team, select_scratch_view scratch, Row row)
-      : from_(launch.from), rule_(launch.rule), out_(launch.out), team_(team), scratch_(scratch), row_(row) {}
+  __device__ __forceinline__ select_group(const select_launch<T>& launch, select_team& team, std::ptrdiff_t group,
+                                          select_scratch_view scratch)
+      : group_part(launch, team, group, launch.rule.page_size),
+        from_(launch.from),
+        rule_(launch.rule),
+        out_(launch.out),
+        team_(team),
+        scratch_(scratch) {}
 
   __device__ __forceinline__ void run(std::ptrdiff_t group) {
-    start(group);
+    start();
+    team_.meet();
     const std::ptrdiff_t rows = from_.weights.extent(1);
     const bool one_choice = rows == 1 || rule_.rows == combine::unite;
-    const bool combined = Row::in_workspace && scratch_.scores != nullptr;
+    const bool combined = scratch_.scores != nullptr;
     for (std::int32_t i = first_position_ + team_.thread(); combined && i < last_position_; i += select_threads)
       scratch_.scores[i] = 0;
     for (std::ptrdiff_t row = 0; row < rows; ++row) take_row(group, row, one_choice, combined);
-    if constexpr (Row::in_workspace) {
-      if (combined) finish_rows(one_choice);
-    }
+    if (combined) finish_rows(one_choice);
     std::uint64_t before, count;
     count_kept(before, count);
-    if (count > static_cast<std::uint64_t>(limit_)) {
-      status_ |= selection_capped;
+    if (count > static_cast<std::uint64_t>(limit)) {
+      status |= selection_capped;
       cut(rows);
       count_kept(before, count);
     }
@@ -82,53 +68,25 @@ class select_group {
   }
 
  private:
-  /// Resident rows have no pages: their divisions vanish.
-  __device__ __forceinline__ std::int32_t page_size() const { return Row::in_workspace ? rule_.page_size : 1; }
-  __device__ __forceinline__ bool paged() const { return Row::in_workspace && page_size() > 1; }
+  __device__ __forceinline__ std::int32_t page_size() const { return rule_.page_size; }
+  __device__ __forceinline__ bool paged() const { return page_size() > 1; }
 
-  __device__ __forceinline__ void start(std::ptrdiff_t group) {
-    const std::ptrdiff_t extent = from_.weights.extent(2);
-    const std::int32_t asked = from_.kv_lens.empty() ? static_cast<std::int32_t>(extent) : from_.kv_lens[group];
-    length_ = clamped_length(asked, extent);
-    status_ = asked == length_ ? selection_ok : selection_invalid_length;
-    top_p_ = from_.top_p.empty() ? rule_.top_p : from_.top_p[group];
-    if (is_nan(top_p_)) status_ |= selection_invalid_rule;
-    items_ = item_count(length_, page_size());
-    limit_ = item_limit(rule_.max_tokens, length_, page_size());
-    const std::int64_t capacity = out_.capacity();
-    const std::int64_t room = rule_.output == emit::pages ? capacity : item_limit(capacity, length_, page_size());
-    if (room < limit_) limit_ = static_cast<std::int32_t>(room);
-    forced_ = forced_by(rule_.sinks, rule_.recent, length_, page_size());
-    const std::int64_t share = member_share(items_, team_.size());
-    const std::int64_t first = share * team_.rank();
-    range_.first = static_cast<std::int32_t>(first < items_ ? first : items_);
-    const std::int64_t last = first + share;
-    range_.last = static_cast<std::int32_t>(last < items_ ? last : items_);
-    range_.words = (range_.last - range_.first + 31) / 32;
-    first_position_ = position_of(range_.first);
-    last_position_ = position_of(range_.last);
-    for (std::int32_t word = team_.thread(); word < range_.words; word += select_threads) {
-      const std::int32_t item = range_.first + word * 32;
-      const std::uint32_t forced = bits_below(forced_.head - item) | ~bits_below(forced_.tail - item);
-      scratch_.kept[word_at(word)] = forced & bits_below(range_.last - item);
-    }
+  __device__ __forceinline__ void start() {
+    first_position_ = position_of(range.first);
+    last_position_ = position_of(range.last);
+    for (std::int32_t word = team_.thread(); word < range.words; word += select_threads)
+      scratch_.kept[word_at(word)] = forced_bits(word);
     __syncthreads();
   }
 
   __device__ std::int32_t position_of(std::int32_t item) const {
     const std::int64_t position = std::int64_t{item} * page_size();
-    return static_cast<std::int32_t>(position < length_ ? position : length_);
+    return static_cast<std::int32_t>(position < length ? position : length);
   }
-  /// The lowest `count` bits; none below 0, all from 32 on.
-  __device__ static std::uint32_t bits_below(std::int32_t count) {
-    return count >= 32 ? ~0u : count <= 0 ? 0u : (1u << count) - 1u;
-  }
-  /// Where a word of this CTA lies: the workspace holds the words of all members.
-  __device__ std::int32_t word_at(std::int32_t word) const {
-    return Row::in_workspace ? range_.first / 32 + word : word;
-  }
+  /// Where a word of this CTA lies.
+  __device__ std::int32_t word_at(std::int32_t word) const { return (scratch_.own ? 0 : range.first / 32) + word; }
   __device__ __forceinline__ bool is_kept(std::int32_t item) const {
-    return (scratch_.kept[word_at((item - range_.first) / 32)] >> (item % 32) & 1u) != 0;
+    return (scratch_.kept[word_at((item - range.first) / 32)] >> (item % 32) & 1u) != 0;
   }
 
   __device__ __forceinline__ void take_row(std::ptrdiff_t group, std::ptrdiff_t row, bool choose_now, bool combined) {
@@ -137,7 +95,7 @@ class select_group {
     std::uint32_t facts[2];
     row_.load(weights, from_.weights.stride(2), positions, facts);
     std::uint32_t max_key = facts[0];
-    if (team_.largest_and_any(max_key, facts[1] != 0)) status_ |= selection_invalid_weight;
+    if (team_.largest_and_any(max_key, facts[1] != 0)) status |= selection_invalid_weight;
     if (needs_lift(max_key) && max_key != 0) {
       row_.lift(positions);
       max_key = lift_key(max_key);
@@ -149,21 +107,12 @@ class select_group {
       team_.reduce(sum, plus{});
       total_ = sum[0];
     } else if (!paged()) {
-      choose(row_, max_key, sums_of_row(max_key));
-    } else if constexpr (Row::in_workspace) {
+      choose(row_, max_key, whole_sums<row_mass>{mass_});
+    } else {
       sum_pages([&](std::int32_t position) { return mass_(row_.key(position)); });
       choose(scored_items{scratch_.pages}, largest(scratch_.pages), whole_sums<score_mass>{});
     }
     if (combined) combine_row(positions);
-  }
-
-  /// A CTA's part of a resident row is counted in 15 bits; a streamed one can be longer.
-  __device__ __forceinline__ auto sums_of_row(std::uint32_t max_key) const {
-    if constexpr (Row::in_workspace) {
-      return whole_sums<row_mass>{mass_};
-    } else {
-      return split_sums(mass_, max_key);
-    }
   }
 
   __device__ __forceinline__ void combine_row(item_range positions) {
@@ -180,7 +129,7 @@ class select_group {
   /// pages[item] = the sum of its positions' masses; a warp a page.
   template <class Mass>
   __device__ __forceinline__ void sum_pages(Mass mass) {
-    for (std::int32_t page = range_.first + team_.warp(); page < range_.last; page += select_warps) {
+    for (std::int32_t page = range.first + team_.warp(); page < range.last; page += select_warps) {
       std::uint64_t sum = 0;
       for (std::int32_t i = position_of(page) + team_.lane(); i < position_of(page + 1); i += 32) sum += mass(i);
       for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
@@ -190,7 +139,7 @@ class select_group {
   }
   __device__ std::uint64_t largest(const std::uint64_t* scores) {
     std::uint64_t most[1] = {0};
-    for (std::int32_t i = range_.first + team_.thread(); i < range_.last; i += select_threads)
+    for (std::int32_t i = range.first + team_.thread(); i < range.last; i += select_threads)
       most[0] = most[0] < scores[i] ? scores[i] : most[0];
     team_.reduce(most, greater{});
     return most[0];
@@ -204,7 +153,7 @@ class select_group {
       return;
     }
     std::uint64_t sum[1] = {0};
-    for (std::int32_t i = range_.first + team_.thread(); i < range_.last; i += select_threads)
+    for (std::int32_t i = range.first + team_.thread(); i < range.last; i += select_threads)
       sum[0] += final_scores()[i];
     team_.reduce(sum, plus{});
     total_ = sum[0];
@@ -219,10 +168,10 @@ class select_group {
     team_.template clear<word>(Sums::arrays, bins.count());
     word* counted = reinterpret_cast<word*>(team_.memory().sums);
     std::uint64_t others[1] = {0};
-    source.for_each(range_, [&](std::int32_t, std::int32_t item, Key key, bool valid) {
-      if (Row::in_workspace && !valid) return;  // behind a resident row lie keys of 0, without mass and never kept
+    source.for_each(range, [&](std::int32_t, std::int32_t item, Key key, bool valid) {
+      if (!valid) return;
       if (counts(item)) {
-        sums.add(counted, bins.of(key), key, bins.shift);
+        sums.add(counted, bins.of(key), key);
       } else {
         others[0] += sums.mass(key);
       }
@@ -234,15 +183,15 @@ class select_group {
   /// Adds the items that one row (or the combined rows) keeps, and sets its mass.
   template <class Source, class Key, class Sums>
   __device__ __forceinline__ void choose(const Source& source, Key largest, const Sums& sums) {
-    const asked wish = asked_by(top_p_);
+    const asked wish = asked_by(top_p);
     const auto bins = key_bins<Key>::between(0, largest, select_bins, first_shift<Key>());
-    const auto allowed = [&](std::int32_t item) { return !forced_.holds(item); };
+    const auto allowed = [&](std::int32_t item) { return !forced.holds(item); };
     const std::uint64_t forced_mass = count_items(source, bins, sums, allowed);
     chosen_mass_ = forced_mass;
     const std::uint64_t need = find_bin(team_, bins, [&](std::uint64_t others) {
       total_ = forced_mass + others;
       if (wish != asked::target) return std::uint64_t{0};
-      const std::uint64_t target = target_mass(top_p_, total_);
+      const std::uint64_t target = target_mass(top_p, total_);
       return target > forced_mass ? target - forced_mass : 0;
     });
     if (wish == asked::everything) {
@@ -251,8 +200,8 @@ class select_group {
     }
     if (need == 0) return;
     const found_threshold<Key> found = rule_.method == threshold_method::bisection
-                                           ? bisect(team_, source, range_, largest, need, sums.mass, allowed)
-                                           : search(team_, source, range_, bins, need, sums, allowed);
+                                           ? bisect(team_, source, range, largest, need, sums.mass, allowed)
+                                           : search(team_, source, range, bins, need, sums, allowed);
     mark(source, found, allowed);
     chosen_mass_ += found.least.mass;
   }
@@ -267,14 +216,14 @@ class select_group {
   __device__ __forceinline__ void mark(const Source& source, found_threshold<Key> found, Allowed allowed) {
     const Key least = found.least.key;
     if (found.least.ties >= found.equals) {  // no ties to break; what is not allowed is kept anyway
-      source.for_each(range_, [&](std::int32_t word, std::int32_t, Key key, bool valid) {
+      source.for_each(range, [&](std::int32_t word, std::int32_t, Key key, bool valid) {
         const std::uint32_t above = __ballot_sync(~0u, valid && key >= least);
         if (team_.lane() == 0) scratch_.kept[word_at(word)] |= above;
       });
       __syncthreads();
       return;
     }
-    source.for_each(range_, [&](std::int32_t word, std::int32_t item, Key key, bool valid) {
+    source.for_each(range, [&](std::int32_t word, std::int32_t item, Key key, bool valid) {
       const std::uint32_t above = __ballot_sync(~0u, valid && key > least);
       const std::uint32_t equal = __ballot_sync(~0u, valid && key == least && allowed(item));
       if (team_.lane() > 0) return;
@@ -290,7 +239,7 @@ class select_group {
     std::uint64_t before, total;
     count_bits(scratch_.equal, before, total);
     in_order(scratch_.equal, before, [&](std::int32_t word, std::uint32_t bits, std::uint64_t rank) {
-      if (word >= range_.words || rank >= ties) return;
+      if (word >= range.words || rank >= ties) return;
       std::uint32_t rest = bits;
       for (std::uint64_t room = ties - rank; room > 0 && rest != 0; --room) rest &= rest - 1;
       scratch_.kept[word_at(word)] |= bits ^ rest;
@@ -300,11 +249,11 @@ class select_group {
   /// Where the kept items exceed the limit, keeps the first of them: forced before others, heavier before lighter,
   /// smaller before larger.
   __device__ __forceinline__ void cut(std::ptrdiff_t rows) {
-    if (Row::in_workspace && (rows > 1 || paged())) {
-      if constexpr (Row::in_workspace) cut_items(scored_items{final_scores()}, largest(final_scores()));
+    if (rows > 1 || paged()) {
+      cut_items(scored_items{final_scores()}, largest(final_scores()));
     } else {
       std::uint64_t most[1] = {0};
-      row_.for_each(range_, [&](std::int32_t, std::int32_t, std::uint32_t key, bool) {
+      row_.for_each(range, [&](std::int32_t, std::int32_t, std::uint32_t key, bool) {
         if (key > most[0]) most[0] = key;
       });
       team_.reduce(most, greater{});
@@ -314,10 +263,10 @@ class select_group {
 
   template <class Source, class Key>
   __device__ __forceinline__ void cut_items(const Source& source, Key largest) {
-    const std::int32_t forced_count = forced_.head + (items_ - forced_.tail);
-    const bool among_forced = forced_count > limit_;
-    const auto allowed = [&](std::int32_t item) { return is_kept(item) && forced_.holds(item) == among_forced; };
-    const std::int32_t room = among_forced ? limit_ : limit_ - forced_count;
+    const std::int32_t forced_count = forced.head + (items - forced.tail);
+    const bool among_forced = forced_count > limit;
+    const auto allowed = [&](std::int32_t item) { return is_kept(item) && forced.holds(item) == among_forced; };
+    const std::int32_t room = among_forced ? limit : limit - forced_count;
     found_threshold<Key> found{{static_cast<Key>(~Key{0}), 0, 0}, 1};
     if (room > 0) {
       const auto bins = key_bins<Key>::between(0, largest, select_bins, first_shift<Key>());
@@ -325,13 +274,13 @@ class select_group {
       count_items(source, bins, sums, allowed);
       const std::uint64_t need =
           find_bin(team_, bins, [&](std::uint64_t) { return static_cast<std::uint64_t>(room); });
-      found = search(team_, source, range_, bins, need, sums, allowed);
+      found = search(team_, source, range, bins, need, sums, allowed);
     }
     // The bits that say who is allowed become the result: an item that is neither chosen nor forced loses its own.
     const bool all_ties = found.least.ties >= found.equals;
-    source.for_each(range_, [&](std::int32_t word, std::int32_t item, Key key, bool valid) {
+    source.for_each(range, [&](std::int32_t word, std::int32_t item, Key key, bool valid) {
       const bool candidate = valid && key >= found.least.key && allowed(item);
-      const bool stays = valid && !among_forced && forced_.holds(item);
+      const bool stays = valid && !among_forced && forced.holds(item);
       const std::uint32_t above = __ballot_sync(~0u, stays || (candidate && (all_ties || key > found.least.key)));
       const std::uint32_t equal = __ballot_sync(~0u, candidate && !all_ties && key == found.least.key);
       if (team_.lane() > 0) return;
@@ -346,7 +295,7 @@ class select_group {
   __device__ __forceinline__ void count_bits(const std::uint32_t* words, std::uint64_t& before,
                                              std::uint64_t& total) {
     std::uint64_t mine = 0;
-    for (std::int32_t word = team_.thread(); word < range_.words; word += select_threads)
+    for (std::int32_t word = team_.thread(); word < range.words; word += select_threads)
       mine += static_cast<std::uint64_t>(__popc(words[word_at(word)]));
     team_.sum_before(mine, before, total);
   }
@@ -359,9 +308,9 @@ class select_group {
   template <class Visit>
   __device__ __forceinline__ void in_order(const std::uint32_t* words, std::uint64_t before, Visit visit) {
     std::uint64_t rank = before;
-    for (std::int32_t begin = 0; begin < range_.words; begin += select_threads) {
+    for (std::int32_t begin = 0; begin < range.words; begin += select_threads) {
       const std::int32_t word = begin + team_.thread();
-      const std::uint32_t bits = word < range_.words ? words[word_at(word)] : 0;
+      const std::uint32_t bits = word < range.words ? words[word_at(word)] : 0;
       std::uint32_t offset, sum;
       select_word_scan(team_.memory().word_scan).ExclusiveSum(static_cast<std::uint32_t>(__popc(bits)), offset, sum);
       visit(word, bits, rank + offset);
@@ -372,21 +321,21 @@ class select_group {
 
   __device__ __forceinline__ void report(std::ptrdiff_t group, std::ptrdiff_t rows, std::int32_t count) {
     const bool first = team_.rank() == 0 && team_.thread() == 0;
-    if (first && !out_.status.empty()) out_.status[group] = status_;
+    if (first && !out_.status.empty()) out_.status[group] = status;
     if (out_.mass.empty()) return;
-    if (count == items_) {
+    if (count == items) {
       if (first) out_.mass[group] = 1.0f;
       return;
     }
     std::uint64_t kept[1] = {chosen_mass_};
-    if ((rows > 1 && rule_.rows == combine::unite) || (status_ & selection_capped) != 0) {
+    if ((rows > 1 && rule_.rows == combine::unite) || (status & selection_capped) != 0) {
       kept[0] = 0;
       const auto add = [&](const auto& source, auto mass) {
-        source.for_each(range_, [&](std::int32_t, std::int32_t item, auto key, bool valid) {
+        source.for_each(range, [&](std::int32_t, std::int32_t item, auto key, bool valid) {
           if (valid && is_kept(item)) kept[0] += mass(key);
         });
       };
-      if (Row::in_workspace && (rows > 1 || paged())) {
+      if (rows > 1 || paged()) {
         add(scored_items{final_scores()}, score_mass{});
       } else {
         add(row_, mass_);
@@ -401,15 +350,15 @@ class select_group {
     std::int32_t* list = out_.positions.data() + group * out_.positions.stride(0);
     const std::ptrdiff_t stride = out_.positions.stride(1);
     const bool expand = paged() && rule_.output == emit::positions;
-    const auto* prefixes = team_.memory().prefixes;
+    auto* prefixes = reinterpret_cast<std::uint32_t*>(team_.memory().sums);
     in_order(scratch_.kept, before, [&](std::int32_t word, std::uint32_t, std::uint64_t rank) {
-      team_.memory().prefixes[team_.thread()] = static_cast<std::uint32_t>(rank);
+      prefixes[team_.thread()] = static_cast<std::uint32_t>(rank);
       __syncthreads();
       const std::int32_t begin = word - team_.thread();
-      const std::int32_t words = range_.words - begin < select_threads ? range_.words - begin : select_threads;
+      const std::int32_t words = range.words - begin < select_threads ? range.words - begin : select_threads;
       const std::uint32_t* kept = scratch_.kept + word_at(begin);
       const std::uint32_t below = (1u << team_.lane()) - 1u;
-      std::int32_t item = range_.first + (begin + team_.warp()) * 32 + team_.lane();
+      std::int32_t item = range.first + (begin + team_.warp()) * 32 + team_.lane();
       for (std::int32_t i = team_.warp(); i < words; i += select_warps, item += 32 * select_warps) {
         const std::uint32_t bits = kept[i];
         const std::uint32_t at = prefixes[i] + __popc(bits & below);
@@ -432,9 +381,9 @@ class select_group {
   /// Entries of the list: pages are written out as their positions, of which a partial last page has fewer.
   __device__ std::ptrdiff_t entries(std::int32_t count, bool expand) {
     if (!expand) return count;
-    const std::ptrdiff_t missing = std::ptrdiff_t{items_} * page_size() - length_;
+    const std::ptrdiff_t missing = std::ptrdiff_t{items} * page_size() - length;
     std::uint64_t last_kept[1] = {0};
-    if (range_.last == items_ && range_.words > 0 && is_kept(items_ - 1)) last_kept[0] = 1;
+    if (range.last == items && range.words > 0 && is_kept(items - 1)) last_kept[0] = 1;
     team_.reduce(last_kept, greater{});
     return std::ptrdiff_t{count} * page_size() - (last_kept[0] != 0 ? missing : 0);
   }
@@ -444,16 +393,9 @@ class select_group {
   const selection_view<cuda>& out_;
   select_team& team_;
   select_scratch_view scratch_;
-  Row row_;
-  item_range range_;
-  std::int32_t length_ = 0;          // positions
-  std::int32_t items_ = 0;           // positions or pages
+  streamed_row<T> row_;
   std::int32_t first_position_ = 0;  // of this CTA's items
   std::int32_t last_position_ = 0;
-  std::int32_t limit_ = 0;  // items that the cap and the capacity allow
-  forced_items forced_{};
-  float top_p_ = 0.0f;
-  std::uint32_t status_ = 0;
   row_mass mass_{};                // of the last row read
   std::uint64_t chosen_mass_ = 0;  // what the last choice kept, forced items included
   std::uint64_t total_ = 0;        // mass of the last row, in the end of all that the list is made from

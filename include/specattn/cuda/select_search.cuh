@@ -22,77 +22,9 @@ struct item_range {
   std::int32_t words = 0;
 };
 
-/// A row whose keys this CTA holds in shared memory. A thread reads only what it wrote.
-template <storage T>
-struct resident_row {
-  static constexpr bool in_workspace = false;  ///< where its words of bits are
-  std::uint32_t* keys = nullptr;
-
-  /// Reads the row; facts: its largest key, and 1 if a weight was invalid. Keys behind the row's end are 0.
-  __device__ __forceinline__ void load(const T* weights, std::ptrdiff_t stride, item_range items,
-                                       std::uint32_t (&facts)[2]) {
-    constexpr int ahead = 8;  // loads in flight
-    std::uint32_t max_key = 0;
-    std::uint32_t faults = 0;
-    const std::int32_t count = items.last - items.first;
-    const T* row = weights + items.first * stride;
-    std::int32_t begin = select_team::thread();
-    const auto take = [&](std::int32_t i, T weight) {
-      const std::uint32_t bits = __float_as_uint(to_float(weight));
-      const std::uint32_t key = weight_key(bits);
-      faults |= weight_fault(bits);
-      max_key = key > max_key ? key : max_key;
-      keys[i] = key;
-    };
-    if (stride == 1) {
-      for (; begin + (ahead - 1) * select_threads < count; begin += ahead * select_threads) {
-        T part[ahead];
-#pragma unroll
-        for (int j = 0; j < ahead; ++j) part[j] = row[begin + j * select_threads];
-#pragma unroll
-        for (int j = 0; j < ahead; ++j) take(begin + j * select_threads, part[j]);
-      }
-    }
-    for (; begin < count; begin += select_threads) take(begin, row[begin * stride]);
-    for (; begin < items.words * 32; begin += select_threads) keys[begin] = 0;
-    facts[0] = max_key;
-    facts[1] = faults != 0 ? 1 : 0;
-  }
-
-  __device__ __forceinline__ void lift(item_range items) {
-    for (std::int32_t i = select_team::thread(); i < items.words * 32; i += select_threads)
-      keys[i] = lift_key(keys[i]);
-  }
-
-  /// visit(item, key) for keys in [low, high].
-  template <class Visit>
-  __device__ __forceinline__ void for_each_within(item_range items, std::uint32_t low, std::uint32_t high,
-                                                  Visit visit) const {
-    const auto* fours = reinterpret_cast<const uint4*>(keys);
-    for (std::int32_t i = select_team::thread(); i < items.words * 8; i += select_threads) {
-      const uint4 four = fours[i];
-      const std::uint32_t part[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (part[j] - low <= high - low) visit(items.first + i * 4 + j, part[j]);
-      }
-    }
-  }
-
-  template <class Visit>
-  __device__ __forceinline__ void for_each(item_range items, Visit visit) const {
-#pragma unroll 4
-    for (std::int32_t word = select_team::warp(); word < items.words; word += select_warps) {
-      const std::int32_t i = word * 32 + select_team::lane();
-      visit(word, items.first + i, keys[i], items.first + i < items.last);
-    }
-  }
-};
-
 /// A row that is read from memory in every sweep.
 template <storage T>
 struct streamed_row {
-  static constexpr bool in_workspace = true;
   const T* weights = nullptr;
   std::ptrdiff_t stride = 1;
   bool lifted = false;
@@ -138,24 +70,7 @@ struct scored_items {
   }
 };
 
-/// visit(item, key) for keys in [low, high], of any source.
-template <class Source, class Key, class Visit>
-__device__ __forceinline__ void for_each_within(const Source& source, item_range items, Key low, Key high,
-                                                Visit visit) {
-  if constexpr (requires { source.for_each_within(items, low, high, visit); }) {
-    source.for_each_within(items, low, high, visit);
-  } else {
-    source.for_each(items, [&](std::int32_t, std::int32_t item, Key key, bool valid) {
-      if (valid && key >= low && key <= high) visit(item, key);
-    });
-  }
-}
-
 // ---- histograms ---------------------------------------------------------------------------------------------
-// A bin's mass is exact. Shared memory adds 32-bit words fast and 64-bit ones slowly, so the mass of keys is kept as
-// two words: how many keys and the sum of their low bits, from which the mass follows where it is linear in the key
-// (no key of the bin is so light that its mass is rounded), or else the upper and lower bits of the mass.
-
 /// Aligned ranges of 2^shift keys, the heaviest first. Keys below the last bin count as in it.
 template <class Key>
 struct key_bins {
@@ -182,33 +97,6 @@ struct key_bins {
   __device__ Key high(std::uint32_t bin) const { return low(bin) + ((Key{1} << shift) - 1); }
 };
 
-/// The masses of a row whose items a CTA counts in 15 bits.
-struct split_sums {
-  using word = std::uint32_t;
-  static constexpr int arrays = 2;
-  row_mass mass;
-  std::uint32_t linear_from;  ///< keys from here on have exact masses
-
-  __device__ split_sums(row_mass of, std::uint32_t max_key) : mass(of) {
-    const std::uint32_t exponent = max_key >> 23;
-    linear_from = (exponent > 17 ? exponent - 17 : 0) << 23;
-  }
-  __device__ void add(word* sums, std::uint32_t bin, std::uint32_t key, int shift) const {
-    // Below 2^23 a float's last bit is worth one at most: adding 2^23 rounds as fixed_point() does.
-    const std::uint32_t one = __float_as_uint(fmaf(__uint_as_float(key), mass.scale, 0x1p23f)) - 0x4b000000u;
-    const bool linear = key >= linear_from;
-    const std::uint32_t first = linear ? 1 : one >> 12;
-    const std::uint32_t second = linear ? key & ((1u << shift) - 1) : one & 4095;
-    if (first != 0) atomicAdd(&sums[bin], first);
-    if (second != 0) atomicAdd(&sums[select_bins + bin], second);
-  }
-  /// The mass of a bin whose least key is `lowest`.
-  __device__ std::uint64_t of(const std::uint64_t (&sums)[arrays], std::uint32_t lowest) const {
-    if (lowest < linear_from) return (sums[0] << 12) + sums[1];
-    return sums[0] * mass(lowest) + sums[1] * (mass(lowest + 1) - mass(lowest));
-  }
-};
-
 /// Any mass, in 64-bit sums.
 template <class Mass>
 struct whole_sums {
@@ -216,7 +104,7 @@ struct whole_sums {
   static constexpr int arrays = 1;
   Mass mass;
   template <class Key>
-  __device__ void add(word* sums, std::uint32_t bin, Key key, int) const {
+  __device__ void add(word* sums, std::uint32_t bin, Key key) const {
     const std::uint64_t one = mass(key);
     if (one > 0) atomicAdd(reinterpret_cast<unsigned long long*>(&sums[bin]), static_cast<unsigned long long>(one));
   }
@@ -232,7 +120,7 @@ struct item_counts {
   static constexpr int arrays = 1;
   unit_mass mass;
   template <class Key>
-  __device__ void add(word* sums, std::uint32_t bin, Key, int) const {
+  __device__ void add(word* sums, std::uint32_t bin, Key) const {
     atomicAdd(&sums[bin], 1u);
   }
   template <class Key>
@@ -318,8 +206,8 @@ __device__ __forceinline__ found_threshold<Key> search(select_team& team, const 
     bins = key_bins<Key>::between(low, high, select_threads);
     team.template clear<word>(Sums::arrays, bins.count());
     word* counted = reinterpret_cast<word*>(team.memory().sums);
-    for_each_within(source, items, low, high, [&](std::int32_t item, Key key) {
-      if (allowed(item)) sums.add(counted, bins.of(key), key, bins.shift);
+    source.for_each(items, [&](std::int32_t, std::int32_t item, Key key, bool valid) {
+      if (valid && key >= low && key <= high && allowed(item)) sums.add(counted, bins.of(key), key);
     });
     std::uint64_t nothing[1] = {0};
     merge_bins(team, sums, bins, nothing);

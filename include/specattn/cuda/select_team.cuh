@@ -17,7 +17,7 @@
 
 namespace specattn::inline v0_1::detail {
 
-inline constexpr int select_threads = 512;
+inline constexpr int select_threads = 256;
 inline constexpr int select_warps = select_threads / 32;
 inline constexpr int select_max_cluster = 8;  // the largest that every Hopper can place
 inline constexpr int select_bins = 2048;
@@ -51,8 +51,16 @@ class select_team {
     const auto cluster = cooperative_groups::this_cluster();
     rank_ = static_cast<int>(cluster.block_rank());
     size_ = static_cast<int>(cluster.num_blocks());
-    if (size_ > 1) cluster.sync();  // a peer's memory may be written once the peer runs
+    if (size_ > 1) cluster.barrier_arrive();
 #endif
+  }
+
+  /// To be called before the first exchange: a peer's memory may be written once the peer runs.
+  __device__ void meet() {
+#if SPECATTN_CLUSTERS
+    if (size_ > 1 && !met_) cooperative_groups::this_cluster().barrier_wait();
+#endif
+    met_ = true;
   }
 
   __device__ int rank() const { return rank_; }
@@ -62,7 +70,7 @@ class select_team {
   __device__ static int warp() { return static_cast<int>(threadIdx.x) / 32; }
   __device__ select_team_memory& memory() { return memory_; }
 
-  __device__ void sync() {
+  __device__ void sync() const {
 #if SPECATTN_CLUSTERS
     if (size_ > 1) {
       cooperative_groups::this_cluster().sync();
@@ -96,6 +104,11 @@ class select_team {
     key = __reduce_max_sync(~0u, most);
     parity_ ^= 1;
     return __any_sync(~0u, any) != 0;
+  }
+
+  /// The sum over the calling warp.
+  __device__ static std::uint64_t warp_sum(std::uint64_t x) {
+    return __any_sync(~0u, x != 0) ? over_warp(x, plus{}) : 0;
   }
 
   /// `before`: what the CTAs of lower rank have of x; `total`: what all have.
@@ -160,17 +173,16 @@ class select_team {
   /// Masses of the bins; valid from merge() to the next clear().
   __device__ const std::uint64_t* merged() const { return memory_.merged; }
 
- private:
   /// Where a peer keeps what this CTA keeps at `mine`.
   template <class T>
   __device__ T* at_peer(T* mine, int peer) const {
 #if SPECATTN_CLUSTERS
-    return cooperative_groups::this_cluster().map_shared_rank(mine, peer);
-#else
-    return mine;
+    if (size_ > 1) return cooperative_groups::this_cluster().map_shared_rank(mine, peer);
 #endif
+    return mine;
   }
 
+ private:
   template <class Op>
   __device__ static std::uint64_t over_warp(std::uint64_t x, Op op) {
     for (int distance = 16; distance > 0; distance /= 2) x = op(x, __shfl_xor_sync(~0u, x, distance));
@@ -205,6 +217,7 @@ class select_team {
   int rank_ = 0;
   int size_ = 1;
   int parity_ = 0;
+  bool met_ = false;
 };
 
 }  // namespace specattn::inline v0_1::detail

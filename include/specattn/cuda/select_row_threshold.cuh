@@ -1,0 +1,297 @@
+// The threshold of a lone row, among the few keys that a sample left in doubt. All CTAs of the cluster look for it
+// together, each among its own keys; what they tell each other is enough for each to know its place in the list.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cub/block/block_scan.cuh>
+
+#include "../select_math.hpp"
+#include "select_team.cuh"
+
+namespace specattn::inline v0_1::detail {
+
+inline constexpr int sample_bins = 512;  // half octaves of all floats
+inline constexpr int sample_shift = 22;
+using select_sample_scan = cub::BlockScan<float, select_threads, cub::BLOCK_SCAN_WARP_SCANS>;
+using select_count_scan = cub::BlockScan<std::int32_t, select_threads, cub::BLOCK_SCAN_WARP_SCANS>;
+
+/// Keys [low, high).
+struct key_range {
+  std::uint32_t low;
+  std::uint32_t high;
+  __device__ std::uint32_t width() const { return high - low; }
+  __device__ bool holds(std::uint32_t key) const { return key - low < width(); }
+};
+
+/// What a CTA tells the others of its part of the row.
+struct alignas(16) member_masses {
+  std::uint64_t all;   ///< mass of its keys
+  std::uint64_t kept;  ///< of the forced ones and those above the range
+};
+/// What it tells of the keys in doubt, when their range has narrowed: how many lie above it, and inside.
+struct alignas(8) member_counts {
+  std::uint32_t above;
+  std::uint32_t inside;
+};
+
+/// Keys above `key` are kept and, of those at it, this CTA's first `ties`.
+struct row_verdict {
+  static constexpr std::int32_t all_ties = INT32_MAX;
+  std::uint32_t key;
+  std::int32_t ties;
+  std::int32_t start;  ///< of this CTA's part of the list
+  std::int32_t total;  ///< length of the list
+};
+
+/// The shared memory of one CTA, keys aside.
+struct select_row_memory {
+  std::uint32_t sample[sample_bins];  ///< how many sampled weights lie in a bin
+  uint2 counts[2][select_threads];    ///< of the keys in doubt, of two rounds: see doubt_bins
+  std::uint32_t sampled;
+  key_range guess;
+  std::uint32_t middle;
+  uint2 warps[select_warps], members[select_max_cluster];
+  member_masses warp_masses[select_warps], masses[select_max_cluster];
+  std::uint32_t warp_kept[select_warps], kept[select_max_cluster];  ///< how many are kept without doubt
+  member_counts mine, doubts[2][select_max_cluster];                ///< of two rounds
+  std::uint32_t nearest_mine[32], nearest[select_max_cluster][32];
+  std::uint32_t above[select_max_cluster], equal[select_max_cluster];  ///< nearest keys, by the threshold
+  std::uint32_t bin;
+  std::uint64_t above_mass;
+  std::uint64_t chosen_mass, total_mass;
+  row_verdict verdict;
+  select_sample_scan::TempStorage sample_scan;
+  select_count_scan::TempStorage count_scan;
+  select_scan::TempStorage mass_scan;
+
+  __device__ void clear(int thread) {
+    for (int i = thread; i < sample_bins; i += select_threads) sample[i] = 0;
+    counts[0][thread] = {0, 0};
+    if (thread < select_max_cluster) above[thread] = equal[thread] = 0;
+    if (thread > 0) return;
+    sampled = 0;
+    mine = {0, 0};
+    guess = {0, ~0u};
+    middle = ~0u;
+  }
+};
+
+/// Aligned bins, one a thread, the heaviest first. A bin's mass is exact: shared memory adds 32-bit words fast and
+/// 64-bit ones slowly, so it is kept as two words: how many keys, and the sum of their low bits, from which the mass
+/// follows where it is linear in the key; or, where keys are so light that their mass is rounded, its upper and lower
+/// bits.
+struct doubt_bins {
+  std::uint32_t top;
+  int shift;
+  float scale;
+  std::uint32_t linear_exponent;  ///< keys of this exponent and more have exact masses
+
+  /// \pre the range is less than 2^26 wide: the sums over a CTA's 2^14 keys then fit 32 bits; the row is not lifted
+  __device__ static doubt_bins of(key_range range, row_mass mass, std::uint32_t max_key) {
+    const int shift = 32 - __clz(static_cast<int>(range.width() / (select_threads - 1)));
+    return {(range.high - 1) >> shift, shift, mass.scale, (max_key >> 23) - 17};
+  }
+  __device__ key_range keys(std::uint32_t bin) const { return {(top - bin) << shift, (top - bin + 1) << shift}; }
+
+  __device__ void add(uint2* counts, std::uint32_t key) const {
+    // Below 2^23 a float's last bit is worth one at most: adding 2^23 rounds as fixed_point() does.
+    const std::uint32_t one = __float_as_uint(fmaf(__uint_as_float(key), scale, 0x1p23f)) - 0x4b000000u;
+    const bool linear = key >> 23 >= linear_exponent;
+    uint2& bin = counts[top - (key >> shift)];
+    atomicAdd(&bin.x, linear ? 1 : one >> 12);
+    atomicAdd(&bin.y, linear ? key & ((1u << shift) - 1) : one & 4095);
+  }
+  __device__ std::uint64_t mass_of(std::uint32_t bin, std::uint64_t first, std::uint64_t second) const {
+    const std::uint32_t lowest = keys(bin).low;
+    const std::uint32_t exponent = lowest >> 23;
+    if (exponent < linear_exponent) return (first << 12) + second;
+    return (first * (lowest & 0x7fffffu | 0x800000u) + second) << (exponent - linear_exponent);
+  }
+};
+
+class select_row_threshold {
+ public:
+  __device__ __forceinline__ select_row_threshold(select_team& team, select_row_memory& memory, row_mass mass,
+                                                  std::uint32_t max_key)
+      : team_(team), memory_(memory), mass_(mass), max_key_(max_key) {}
+
+  /// Finds the threshold in `range`, where every CTA has told its masses and counted its keys; for_each(visit) visits
+  /// the thread's keys there. False, in all CTAs, if it lies elsewhere.
+  template <class ForEach>
+  __device__ __forceinline__ bool find(key_range range, float top_p, ForEach for_each) {
+    std::uint64_t total = 0;
+    std::uint64_t chosen = 0;
+#pragma unroll
+    for (int peer = 0; peer < select_max_cluster; ++peer) {
+      const member_masses theirs = memory_.masses[peer];
+      total += peer < team_.size() ? theirs.all : 0;
+      chosen += peer < team_.size() ? theirs.kept : 0;
+    }
+    const std::uint64_t target = target_mass(top_p, total);
+    if (target <= chosen) return false;
+    need_ = target - chosen;
+    for (int round = 0;; round ^= 1) {
+      if (!narrow(range, round)) return false;
+      tell(range, round, for_each);
+      std::uint32_t doubts = 0;
+#pragma unroll
+      for (int peer = 0; peer < select_max_cluster; ++peer)
+        doubts += peer < team_.size() ? memory_.doubts[round][peer].inside : 0;
+      if (doubts > 32 && range.width() > 1) continue;
+      if (team_.warp() == 0) {
+        const auto found = doubts > 32 ? all_equal(range.low, round) : find_nearest(round);
+        if (team_.lane() == 0) {
+          memory_.total_mass = total;
+          memory_.chosen_mass = target - need_ + found.mass;
+        }
+        give_verdict(found, round);
+      }
+      __syncthreads();
+      return true;
+    }
+  }
+
+ private:
+  /// Narrows the range to the bin that holds the threshold; false if none does.
+  __device__ __forceinline__ bool narrow(key_range& range, int round) {
+    const auto bins = doubt_bins::of(range, mass_, max_key_);
+    uint2 parts[select_max_cluster];
+#pragma unroll
+    for (int peer = 0; peer < select_max_cluster; ++peer) {
+      parts[peer] = {0, 0};
+      if (peer < team_.size()) parts[peer] = team_.at_peer(memory_.counts[round], peer)[team_.thread()];
+    }
+    std::uint64_t first = 0;
+    std::uint64_t second = 0;
+#pragma unroll
+    for (int peer = 0; peer < select_max_cluster; ++peer) {
+      first += parts[peer].x;
+      second += parts[peer].y;
+    }
+    const std::uint64_t here = bins.mass_of(static_cast<std::uint32_t>(team_.thread()), first, second);
+    std::uint64_t above, inside;
+    select_scan(memory_.mass_scan).ExclusiveSum(here, above, inside);
+    if (inside < need_) return false;
+    if (above < need_ && above + here >= need_) {
+      memory_.bin = static_cast<std::uint32_t>(team_.thread());
+      memory_.above_mass = above;
+      memory_.mine = {0, 0};
+    }
+    memory_.counts[round ^ 1][team_.thread()] = {0, 0};
+    __syncthreads();
+    need_ -= memory_.above_mass;
+    const key_range bin = bins.keys(memory_.bin);
+    range = {bin.low > range.low ? bin.low : range.low, bin.high < range.high ? bin.high : range.high};
+    return true;
+  }
+
+  /// Tells every CTA how this one's keys lie to the range, and up to 32 of them; counts them for another round.
+  template <class ForEach>
+  __device__ __forceinline__ void tell(key_range range, int round, ForEach for_each) {
+    const auto bins = doubt_bins::of(range, mass_, max_key_);
+    std::uint32_t above = 0;
+    for_each([&](std::uint32_t key) {
+      above += key >= range.high ? 1 : 0;
+      if (!range.holds(key)) return;
+      bins.add(memory_.counts[round ^ 1], key);
+      const std::uint32_t at = atomicAdd(&memory_.mine.inside, 1u);
+      if (at < 32) memory_.nearest_mine[at] = key;
+    });
+    above = __reduce_add_sync(~0u, above);
+    if (team_.lane() == 0 && above > 0) atomicAdd(&memory_.mine.above, above);
+    __syncthreads();
+    const member_counts mine = memory_.mine;
+    const int peer = team_.warp();
+    static_assert(select_warps == select_max_cluster);
+    if (peer < team_.size()) {
+      if (static_cast<std::uint32_t>(team_.lane()) < mine.inside)
+        team_.at_peer(memory_.nearest[team_.rank()], peer)[team_.lane()] = memory_.nearest_mine[team_.lane()];
+      if (team_.lane() == 0) *team_.at_peer(&memory_.doubts[round][team_.rank()], peer) = mine;
+    }
+    team_.sync();
+  }
+
+  /// The threshold where every key left is `key`; by one warp.
+  __device__ __forceinline__ threshold<std::uint32_t> all_equal(std::uint32_t key, int round) {
+    if (team_.lane() < team_.size()) memory_.equal[team_.lane()] = memory_.doubts[round][team_.lane()].inside;
+    __syncwarp();
+    const std::uint64_t one = mass_(key);
+    const std::uint64_t ties = (need_ + one - 1) / one;
+    return {key, ties, ties * one};
+  }
+
+  /// The threshold among at most 32 nearest keys, and how many of each CTA's lie above and on it; by one warp.
+  __device__ __forceinline__ threshold<std::uint32_t> find_nearest(int round) {
+    const auto rank = static_cast<std::uint32_t>(team_.lane());
+    int owner = 0;
+    std::uint32_t place = 0;
+    std::uint32_t count = 0;
+#pragma unroll
+    for (int peer = 0; peer < select_max_cluster; ++peer) {
+      const std::uint32_t theirs = peer < team_.size() ? memory_.doubts[round][peer].inside : 0;
+      if (rank - count < theirs) {
+        owner = peer;
+        place = rank - count;
+      }
+      count += theirs;
+    }
+    const bool real = rank < count;
+    const std::uint32_t key = real ? memory_.nearest[owner][place] : 0;
+    const std::uint64_t one = mass_(key);
+    std::uint64_t above = 0;
+    std::uint32_t equal = 0;
+    for (int i = 0; i < static_cast<int>(count); ++i) {
+      const std::uint32_t other = __shfl_sync(~0u, key, i);
+      const std::uint64_t other_mass = __shfl_sync(~0u, one, i);
+      above += other > key ? other_mass : 0;
+      equal += other == key ? 1 : 0;
+    }
+    const bool hit = real && above < need_ && above + equal * one >= need_;
+    const int first = __ffs(static_cast<int>(__ballot_sync(~0u, hit))) - 1;
+    threshold<std::uint32_t> found{key, hit ? (need_ - above + one - 1) / one : 0, 0};
+    found.mass = above + found.ties * one;
+    found = {__shfl_sync(~0u, found.key, first), __shfl_sync(~0u, found.ties, first),
+             __shfl_sync(~0u, found.mass, first)};
+    if (real && key > found.key) atomicAdd(&memory_.above[owner], 1u);
+    if (real && key == found.key) atomicAdd(&memory_.equal[owner], 1u);
+    __syncwarp();
+    return found;
+  }
+
+  /// A lane a CTA: where its part of the list starts, and how many ties it keeps.
+  __device__ __forceinline__ void give_verdict(const threshold<std::uint32_t>& found, int round) {
+    const int peer = team_.lane();
+    const bool real = peer < team_.size();
+    const auto ties = static_cast<std::int32_t>(found.ties);
+    const std::int32_t equal = real ? static_cast<std::int32_t>(memory_.equal[peer]) : 0;
+    const std::int32_t equal_end = prefix(equal);
+    const std::int32_t before = equal_end - equal < ties ? equal_end - equal : ties;
+    const std::int32_t mine = (equal_end < ties ? equal_end : ties) - before;
+    const std::int32_t count =
+        real ? static_cast<std::int32_t>(memory_.kept[peer] + memory_.doubts[round][peer].above +
+                                         memory_.above[peer]) +
+                   mine
+             : 0;
+    const std::int32_t end = prefix(count);
+    const std::int32_t total = __shfl_sync(~0u, end, 31);
+    if (peer == team_.rank())
+      memory_.verdict = {found.key, mine == equal ? row_verdict::all_ties : mine, end - count, total};
+  }
+  __device__ static std::int32_t prefix(std::int32_t x) {
+#pragma unroll
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const std::int32_t other = __shfl_up_sync(~0u, x, distance);
+      if (select_team::lane() >= distance) x += other;
+    }
+    return x;
+  }
+
+  const select_team& team_;
+  select_row_memory& memory_;
+  row_mass mass_;
+  std::uint32_t max_key_;
+  std::uint64_t need_ = 0;
+};
+
+}  // namespace specattn::inline v0_1::detail
