@@ -10,6 +10,7 @@
 
 #include "backend.hpp"
 #include "error.hpp"
+#include "mixture_search.hpp"
 #include "view.hpp"
 
 namespace specattn::inline v0_1 {
@@ -175,5 +176,95 @@ inline std::vector<std::int32_t> monotone_layer_map(view<const float, 2> diverge
   }
   return map;
 }
+
+/// Mean over samples of KL(target ‖ draft) between every target row and every draft row, in nats.
+/// Rows are distributions over the same positions, normalised here; below 1e-10 of its mass a draft row counts as
+/// that, so that a divergence stays finite. The result does not depend on the number of threads or the grid.
+///
+///   divergence_accumulator(target_rows, draft_rows)
+///   add(ctx, target, draft)   [target_rows, length], each with some mass, and [draft_rows, length]. A NaN, infinite or
+///                             negative weight or a target without mass is a contract_error, and the sample counts for
+///                             nothing. cuda: queued on the context's stream; the error comes from mean()
+///   workspace_bytes(target_rows, draft_rows, length)   that add() takes from the context; static
+///   samples()                 that counted. cuda: waits for the last add()
+///   mean()                    vector [target_rows, draft_rows], zeros before the first sample. cuda: waits likewise
+///
+/// \cost of add(): (target_rows + draft_rows) * length logarithms, target_rows * draft_rows * length multiply-adds
+/// incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
+template <backend B = cpu>
+class divergence_accumulator;
+
+/// Fits, for each target row, the convex combination of signals with the least mean KL(target ‖ combination):
+/// expectation–maximisation for mixture proportions, accelerated (SQUAREM; Varadhan and Roland, Scand. J. Stat. 2008).
+/// The problem is convex, and the gradient bounds how far from the optimum a fit can be: that bound is the stop rule.
+/// The result does not depend on the number of threads or the grid.
+///
+///   mixture_fit(groups, shared_signals, own_signals)   target (layer, kv head) pairs; signals every group sees; signals of
+///                                                      each group alone (history)
+///   add(ctx, target, shared, own)   copies one sample: [groups, length], [shared_signals, length] and
+///                                   [groups, own_signals, length], empty when own_signals is 0. Rows are normalised; a
+///                                   signal without mass contributes nothing, nor does a target without mass. A NaN,
+///                                   infinite or negative weight is a contract_error, and nothing is kept. cuda:
+///                                   allocates, then is queued on the context's stream; the error comes from solve().
+///   bytes()                         of the samples held
+///   solve(ctx, max_iterations = 500, tolerance = 1e-4)   iterates until no group's divergence exceeds its optimum by
+///                                   more than `tolerance` nats; a mixture_result. Throws contract_error without samples.
+///                                   cuda: allocates, and waits for the stream once an iteration.
+///
+/// \cost of solve(): an iteration reads every sample once for each group: 4 * signals flop and a logarithm a position
+/// incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
+template <backend B = cpu>
+class mixture_fit;
+
+struct mixture_result {
+  std::vector<float> coefficients;  ///< [groups, shared_signals + own_signals] non-negative, rows sum to one
+  std::vector<float> divergence;    ///< [groups] nats
+  std::vector<float> excess;        ///< [groups] nats by which `divergence` exceeds the optimum at most
+  std::int32_t iterations = 0;      ///< readings of the samples, of the slowest group
+};
+
+namespace detail {
+
+inline void check_divergence_rows(std::ptrdiff_t targets, std::ptrdiff_t drafts) {
+  expects(targets > 0 && drafts > 0, "divergence_accumulator: ", targets, " target rows and ", drafts, " draft rows");
+}
+
+template <backend B>
+void check_divergence_sample(std::ptrdiff_t targets, std::ptrdiff_t drafts, const view<const float, 2, B>& target,
+                             const view<const float, 2, B>& draft) {
+  expects(target.extent(0) == targets && draft.extent(0) == drafts && draft.extent(1) == target.extent(1),
+          "divergence: rows [", target.extent(0), ", ", target.extent(1), "] and [", draft.extent(0), ", ",
+          draft.extent(1), "], expected ", targets, " and ", drafts, " rows of one length");
+}
+
+inline void check_mixture(std::ptrdiff_t groups, std::ptrdiff_t shared, std::ptrdiff_t own) {
+  expects(groups > 0 && shared >= 0 && own >= 0 && (shared > 0 || own > 0), "mixture_fit: ", groups, " groups, ",
+          shared, " shared and ", own, " own signals");
+}
+
+template <backend B>
+void check_mixture_sample(std::ptrdiff_t groups, std::ptrdiff_t shared, std::ptrdiff_t own,
+                          const view<const float, 2, B>& target, const view<const float, 2, B>& signals,
+                          const view<const float, 3, B>& history) {
+  const std::ptrdiff_t length = target.extent(1);
+  expects(target.extent(0) == groups && signals.extent(0) == shared && (shared == 0 || signals.extent(1) == length) &&
+              (own == 0 || (history.extent(0) == groups && history.extent(1) == own && history.extent(2) == length)),
+          "mixture_fit: a sample of ", target.extent(0), " targets and ", signals.extent(0),
+          " shared signals, expected ", groups, " and ", shared, ", all of one length");
+}
+
+/// What the searches of all groups have found.
+inline mixture_result collect(const std::vector<mixture_search>& searches) {
+  mixture_result found;
+  for (const mixture_search& one : searches) {
+    for (double c : one.best().coefficients) found.coefficients.push_back(static_cast<float>(c));
+    found.divergence.push_back(static_cast<float>((std::max)(one.best().divergence, 0.0)));
+    found.excess.push_back(static_cast<float>(one.best().excess()));
+    found.iterations = (std::max)(found.iterations, one.readings());
+  }
+  return found;
+}
+
+}  // namespace detail
 
 }  // namespace specattn::inline v0_1

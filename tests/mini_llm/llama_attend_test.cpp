@@ -73,7 +73,7 @@ TEST_CASE("llama with attend: divergences between the pair's layers equal the go
   CHECK(last_off(draft, golden.floats("draft_weights_last_row"), 4) <= 1e-4);
   CHECK(last_off(target, golden.floats("target_weights_last_row"), 8) <= 1e-4);
 
-  specattn::divergence_accumulator sum(8, 4);
+  specattn::divergence_accumulator<> sum(8, 4);
   for (std::ptrdiff_t row = 0; row < tokens; ++row) {
     const specattn::view<const float, 2> of_target(target.data() + row * tokens, {8, row + 1}, {tokens * tokens, 1});
     const specattn::view<const float, 2> of_draft(draft.data() + row * tokens, {4, row + 1}, {tokens * tokens, 1});

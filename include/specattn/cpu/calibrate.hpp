@@ -222,7 +222,7 @@ class calibrator {
   /// \throws contract_error before the first add()
   calibration fit() const {
     detail::expects(samples_ > 0, "calibrate: no text was added");
-    const mixture_fit::result mixture = fit_.solve(*ctx_);
+    const mixture_result mixture = fit_.solve(*ctx_);
     calibration result;
     alignment& fitted = result.fitted;
     fitted.signals = signals_;
@@ -308,7 +308,7 @@ class calibrator {
     const auto draft_layers = rows_.shaped(rows_.draft_layers, signals_.draft_layers, kv_len);
     view<const float, 3> own;
     if (options_.history) own = {rows_.history.data(), {rows_.groups, 1, kv_len}, {longest_, longest_, 1}};
-    fit_.add(targets, signals, own);
+    fit_.add(*ctx_, targets, signals, own);
     layers_.add(*ctx_, rows_.shaped(rows_.target_layers, target_.shape().layers, kv_len), draft_layers);
     groups_to_heads_.add(*ctx_, targets, signals.slice(0, signals_.draft_heads()));
     groups_to_layers_.add(*ctx_, targets, draft_layers);
@@ -341,8 +341,8 @@ class calibrator {
   detail::recorded_reader<T, Target> target_;
   detail::recorded_reader<T, Draft> draft_;
   detail::calibration_rows rows_;
-  divergence_accumulator layers_, groups_to_heads_, groups_to_layers_;
-  mixture_fit fit_;
+  divergence_accumulator<cpu> layers_, groups_to_heads_, groups_to_layers_;
+  mixture_fit<cpu> fit_;
   std::int64_t samples_ = 0;
 };
 
