@@ -88,16 +88,27 @@ void contest(std::vector<contender>& contenders, specattn::decode_request reques
   }
 }
 
+/// The guided system's rounds of each length against the cost model.
+void predict_rounds(comparison& table, const specattn::round_planner& planner) {
+  const auto cost = planner.cost();
+  const auto work = planner.workload();
+  for (const run_result& run : table.systems[3].tried) {
+    table.predictions.push_back({run.draft_length, specattn::round_seconds(cost, work, {run.draft_length, true}),
+                                 run.trace.seconds() / static_cast<double>(run.counts.rounds)});
+  }
+}
+
 }  // namespace
 
 comparison compare_systems(const session& made, const specattn::decode_request& request) {
   comparison table;
-  table.systems.reserve(4);  // contenders point into it
+  table.systems.reserve(5);  // contenders point into it
   std::vector<contender> contenders;
   const auto enter = [&](std::string name, std::string guarantee, const guide_choice& guide,
                          const specattn::decode_options& options) {
     const bool drafts = options.draft_length > 0;
-    table.systems.push_back({std::move(name), std::move(guarantee), drafts ? 1 : 0, options.draft_length, {}, {}});
+    const std::int32_t shortest = options.adaptive ? options.draft_length : drafts ? 1 : 0;
+    table.systems.push_back({std::move(name), std::move(guarantee), shortest, options.draft_length, {}, {}});
     contenders.emplace_back(table.systems.back(), made, guide, options, request);
     contenders.back().sweep(request);
   };
@@ -106,6 +117,7 @@ comparison compare_systems(const session& made, const specattn::decode_request& 
   specattn::decode_options options = made.decode;
   options.refresh_every = 0;
   options.sparse_draft = false;
+  options.adaptive = false;
   options.draft_length = 0;
   enter("autoregressive", "exact", dense, options);
   if (made.draft) {
@@ -116,8 +128,12 @@ comparison compare_systems(const session& made, const specattn::decode_request& 
       options.record_steps = 1;
       enter("dense verify, sparse draft", "lossless", dense, options);
       options = made.decode;
+      options.adaptive = false;
       options.draft_length = longest_draft;
       enter("SpecAttn (" + std::string(name_of(made.guide.kind)) + ")", "approximate", made.guide, options);
+      options.adaptive = true;
+      enter("SpecAttn, adaptive", "approximate", made.guide, options);
+      predict_rounds(table, *contenders.back().decoder->planner());
     }
   }
   contest(contenders, request);
@@ -140,13 +156,19 @@ void print_comparison(std::ostream& out, const comparison& table) {
     out << line;
   }
   if (table.systems.size() < 4) return;
-  const comparison::system& guided = table.systems.back();
+  const comparison::system& guided = table.systems[3];
   const double over_dense = guided.best.tokens_per_second() / table.systems[1].best.tokens_per_second();
   std::snprintf(line, sizeof line, "%s: %.2fx dense speculation, %.2fx autoregressive, %.1f %% fewer KV rows read\n",
                 guided.name.c_str(), over_dense, guided.best.tokens_per_second() / base,
                 100.0 * guided.best.rows_saved());
   out << line;
   if (over_dense < 1.0) out << "It did not pay here: dense speculation was faster.\n";
+  out << "a guided round of 1, 2, … drafted tokens, us, as the adaptive run's cost model predicts it (measured):";
+  for (const comparison::prediction& p : table.predictions) {
+    std::snprintf(line, sizeof line, " %.0f (%.0f)", 1e6 * p.predicted_seconds, 1e6 * p.measured_seconds);
+    out << line;
+  }
+  out << '\n';
 }
 
 nlohmann::json to_json(const comparison& table) {
@@ -155,6 +177,14 @@ nlohmann::json to_json(const comparison& table) {
     nlohmann::json tried = nlohmann::json::array();
     for (const run_result& run : s.tried) tried.push_back(to_json(run));
     systems.push_back({{"system", s.name}, {"text_is", s.guarantee}, {"best", to_json(s.best)}, {"tried", tried}});
+  }
+  for (const comparison::prediction& p : table.predictions) {
+    for (nlohmann::json& system : systems) {
+      if (system["system"] != table.systems[3].name) continue;
+      system["predicted"].push_back({{"draft_length", p.draft_length},
+                                     {"predicted_round_us", 1e6 * p.predicted_seconds},
+                                     {"measured_round_us", 1e6 * p.measured_seconds}});
+    }
   }
   return systems;
 }

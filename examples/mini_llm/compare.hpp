@@ -22,8 +22,14 @@ struct comparison {
     run_result best;                 ///< at its best draft length, all texts together
     std::vector<run_result> tried;   ///< each draft length on the first text
   };
+  /// What the adaptive run's cost model says of a guided round of fixed length, and what such rounds took.
+  struct prediction {
+    std::int32_t draft_length;
+    double predicted_seconds, measured_seconds;
+  };
   static constexpr int texts = 5;
-  std::vector<system> systems;  ///< autoregressive, dense speculation, dense with a sparse draft, guided
+  std::vector<system> systems;  ///< autoregressive, dense speculation, dense with a sparse draft, guided, adaptive
+  std::vector<prediction> predictions;
 };
 
 /// Finds each system's best draft length on the first text (1 … 8, three runs each, the median by decode time), then

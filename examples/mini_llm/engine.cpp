@@ -128,6 +128,7 @@ class engine_of final : public engine {
   specattn::finish_reason finish(std::int32_t row) const override { return decoder_.finish(row); }
   const specattn::decode_counts& counts(std::int32_t row) const override { return decoder_.counts(row); }
   const specattn::round_trace& last_round() const override { return decoder_.last_round(); }
+  const specattn::round_planner* planner() const override { return decoder_.planner(); }
 
  private:
   chosen_guide guide_;

@@ -11,6 +11,7 @@
 
 #include "llama.hpp"
 #include "specattn/alignment.hpp"
+#include "specattn/cost_model.hpp"
 #include "specattn/cpu/context.hpp"
 #include "specattn/decode_options.hpp"
 #include "specattn/select.hpp"
@@ -61,6 +62,7 @@ class engine {
   virtual specattn::finish_reason finish(std::int32_t row) const = 0;
   virtual const specattn::decode_counts& counts(std::int32_t row) const = 0;
   virtual const specattn::round_trace& last_round() const = 0;
+  virtual const specattn::round_planner* planner() const = 0;
 };
 
 /// \param draft null: plain decoding (options.draft_length must be 0, and the guide none, window, quest or oracle)

@@ -12,9 +12,13 @@ void add_session_flags(CLI::App& command, session_options& o) {
   command.add_option("-c,--ctx-size", o.decode.max_positions, "positions; 0: the model's")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
-  command.add_option("--draft,--draft-max", o.decode.draft_length, "tokens drafted a round; 0: plain decoding")
+  command
+      .add_option("--draft,--draft-max", o.decode.draft_length,
+                  "tokens drafted a round, at most with --adaptive; 0: plain decoding")
       ->check(CLI::Range(0, specattn::max_draft_length))
       ->capture_default_str();
+  command.add_flag("--adaptive", o.decode.adaptive,
+                   "choose each round's draft length, and dense or sparse, by the costs of the rounds before");
   command.add_option("--keep", o.rule.top_p, "share of the importance that a selection keeps")
       ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();

@@ -49,6 +49,7 @@ class decoder {
       options_.prefill_chunk = (std::min)(options_.prefill_chunk, draft.shape().max_slots);
     }
     needs_ = guide.needs();
+    pace_ = detail::round_pace(options_, sizes_, !std::same_as<Guide, no_guide>);
     cache_ = kv_cache<T, B>(sizes_.target_cache);
     if (options_.draft_length > 0) drafter_.emplace(ctx, draft, options_, sizes_, needs_.draft_weights);
     const std::int32_t slots = (std::max)(sizes_.verify_slots, options_.prefill_chunk);
@@ -110,6 +111,7 @@ class decoder {
   bool step(OnTokens&& on_tokens) {
     gather_batch();
     if (batch_.size == 0) return false;
+    sparse_ = pace_.choose(batch_, sequences_);
     trace_ = {};
     trace_.sequences = batch_.size;
     double mark = now();
@@ -131,6 +133,7 @@ class decoder {
     trace_.accept_seconds = lap(mark);
     guide_->after_verify(*ctx_, state);
     trace_.guide_seconds += lap(mark);
+    pace_.learn(trace_);
     return running;
   }
 
@@ -175,6 +178,8 @@ class decoder {
   const decode_counts& counts(std::int32_t row) const { return at(row).counts; }
   const round_trace& last_round() const { return trace_; }
   const decode_options& options() const { return options_; }
+  /// What adaptive rounds have learnt of costs; null where the options are not adaptive.
+  const round_planner* planner() const { return pace_.planner(); }
   const kv_cache<T, B>& cache() const { return cache_; }
 
  private:
@@ -270,8 +275,8 @@ class decoder {
       if (refresh) cache_.roll_back(row, seq.exact_length);
       const std::int32_t kv_len = cache_.length(row);
       replayed_.data()[s] = length - 1 - kv_len;
-      dense_.data()[s] =
-          refresh || kv_len < options_.min_context || (drafts && needs_.draft_weights && batch_.draft_length(s) == 0);
+      dense_.data()[s] = refresh || !sparse_ || kv_len < options_.min_context ||
+                         (drafts && needs_.draft_weights && batch_.draft_length(s) == 0);
       pass_.begin_sequence(kv_len);
       for (std::int32_t i = kv_len; i < length; ++i) {
         pass_.add_slot(seq.text[static_cast<std::size_t>(i)], i, i == length - 1);
@@ -418,6 +423,8 @@ class decoder {
   std::optional<detail::drafter<T, Draft, B>> drafter_;
   std::vector<detail::sequence_state> sequences_;
   detail::round_batch batch_;
+  detail::round_pace pace_;
+  bool sparse_ = true;  // this round's pace
   detail::pass_arrays pass_;
   selection<B> kept_;
   buffer<float, B> weights_, logits_;

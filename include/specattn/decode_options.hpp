@@ -24,7 +24,10 @@ struct decode_options {
   std::int32_t dense_layers = 0;   ///< the first target layers that always stay dense
   std::int32_t refresh_every = 0;  ///< every n rounds, rewrite the keys and values since the last exact one; 0: never
   std::int32_t record_steps = 0;   ///< draft steps whose weights guide the round; 0: all of them
-  bool sparse_draft = false;       ///< draft steps after the first attend over the draft's own selection
+  /// Each round drafts 1 … draft_length tokens and verifies densely or sparsely, whichever the costs of the rounds
+  /// before predict to be fastest (cost_model.hpp). With a sparse verify pass the text then depends on the clock.
+  bool adaptive = false;
+  bool sparse_draft = false;  ///< draft steps after the first attend over the draft's own selection
   selection_rule draft_rule = {.top_p = 0.95f, .rows = combine::mean};  ///< of the sparse draft
   std::int32_t prefill_chunk = 256;  ///< slots of a prefill pass; cut to the models' max_slots
   std::int32_t page_size = 0;        ///< of both caches; 0: contiguous

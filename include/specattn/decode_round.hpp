@@ -5,8 +5,11 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
+#include <vector>
 
+#include "cost_model.hpp"
 #include "decode_options.hpp"
 #include "decode_state.hpp"
 #include "error.hpp"
@@ -62,6 +65,42 @@ inline decode_counts take_tokens(sequence_state& seq, const round_batch& batch, 
   for (std::int32_t i = 0; i < accepted; ++i) ++counts.accepted_at[static_cast<std::size_t>(i)];
   return counts;
 }
+
+/// Decides how a round runs: as the options say, or, where they are adaptive, as the rounds before suggest.
+class round_pace {
+ public:
+  round_pace() = default;
+  round_pace(const decode_options& options, const decode_sizes& sizes, bool may_be_sparse) {
+    if (!options.adaptive || options.draft_length == 0) return;
+    planner_.emplace(double(sizes.target_cache.layers) * sizes.target_cache.kv_heads,
+                     double(sizes.draft_cache.layers) * sizes.draft_cache.kv_heads, options.draft_length,
+                     may_be_sparse);
+  }
+
+  /// Shortens the batch's drafts. Returns whether the round may be sparse.
+  bool choose(round_batch& batch, const std::vector<sequence_state>& sequences) {
+    if (!planner_) return true;
+    double cached = 0.0;
+    for (std::int32_t s = 0; s < batch.size; ++s)
+      cached += static_cast<double>(sequences[static_cast<std::size_t>(batch.rows.data()[s])].text.size());
+    kv_len_ = cached / batch.size;
+    const round_setting setting = planner_->choose(batch.size, kv_len_);
+    for (std::int32_t s = 0; s < batch.size; ++s) {
+      batch.draft_length(s) = (std::min)(batch.draft_length(s), setting.draft_length);
+      batch.judged_offsets.data()[s + 1] = batch.judged_offsets.data()[s] + batch.draft_length(s) + 1;
+    }
+    return setting.sparse;
+  }
+  void learn(const round_trace& trace) {
+    if (planner_) planner_->learn(trace, kv_len_);
+  }
+  /// Null where the options are not adaptive.
+  const round_planner* planner() const { return planner_ ? &*planner_ : nullptr; }
+
+ private:
+  std::optional<round_planner> planner_;
+  double kv_len_ = 0.0;
+};
 
 /// Rows a verify pass of `slots` slots read for one sequence, and rows a dense pass would have read.
 template <storage T, backend B>

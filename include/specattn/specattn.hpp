@@ -5,6 +5,7 @@
 #include "attend.hpp"
 #include "attention_pass.hpp"
 #include "config.hpp"
+#include "cost_model.hpp"
 #include "cpu/alignment.hpp"
 #include "cpu/attend.hpp"
 #include "cpu/calibrate.hpp"
