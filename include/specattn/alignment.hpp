@@ -184,13 +184,13 @@ inline std::vector<std::int32_t> monotone_layer_map(view<const float, 2> diverge
 ///   divergence_accumulator(target_rows, draft_rows)
 ///   add(ctx, target, draft)   [target_rows, length], each with some mass, and [draft_rows, length]. A NaN, infinite or
 ///                             negative weight or a target without mass is a contract_error, and the sample counts for
-///                             nothing. cuda: queued on the context's stream; the error comes from mean()
+///                             nothing
 ///   workspace_bytes(target_rows, draft_rows, length)   that add() takes from the context; static
-///   samples()                 that counted. cuda: waits for the last add()
-///   mean()                    vector [target_rows, draft_rows], zeros before the first sample. cuda: waits likewise
+///   samples()                 that counted
+///   mean()                    vector [target_rows, draft_rows], zeros before the first sample
 ///
 /// \cost of add(): (target_rows + draft_rows) * length logarithms, target_rows * draft_rows * length multiply-adds
-/// incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
+/// incomplete? include <specattn/specattn.hpp>; there is no cuda specialisation yet
 template <backend B = cpu>
 class divergence_accumulator;
 
@@ -204,15 +204,13 @@ class divergence_accumulator;
 ///   add(ctx, target, shared, own)   copies one sample: [groups, length], [shared_signals, length] and
 ///                                   [groups, own_signals, length], empty when own_signals is 0. Rows are normalised; a
 ///                                   signal without mass contributes nothing, nor does a target without mass. A NaN,
-///                                   infinite or negative weight is a contract_error, and nothing is kept. cuda:
-///                                   allocates, then is queued on the context's stream; the error comes from solve().
+///                                   infinite or negative weight is a contract_error, and nothing is kept
 ///   bytes()                         of the samples held
 ///   solve(ctx, max_iterations = 500, tolerance = 1e-4)   iterates until no group's divergence exceeds its optimum by
-///                                   more than `tolerance` nats; a mixture_result. Throws contract_error without samples.
-///                                   cuda: allocates, and waits for the stream once an iteration.
+///                                   more than `tolerance` nats; a mixture_result. Throws contract_error without samples
 ///
 /// \cost of solve(): an iteration reads every sample once for each group: 4 * signals flop and a logarithm a position
-/// incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
+/// incomplete? include <specattn/specattn.hpp>; there is no cuda specialisation yet
 template <backend B = cpu>
 class mixture_fit;
 

@@ -141,14 +141,6 @@ struct attend_impl<cuda> {
     return true;
   }
 
-  /// Whether the device runs code that was compiled for Hopper or later and so waits for the kernel before it. Code for
-  /// older ones does not, also where the driver translates it for a newer device.
-  static bool waits(const context<cuda>& ctx) {
-    constexpr int compiled[] = {__CUDA_ARCH_LIST__};
-    return std::any_of(std::begin(compiled), std::end(compiled),
-                       [&](int arch) { return arch >= 900 && arch / 100 <= ctx.compute_major(); });
-  }
-
   /// A kernel's CTAs may be placed while the one before it on the stream still runs; each waits for it before it
   /// reads or writes anything.
   template <class Launch>
@@ -163,7 +155,7 @@ struct attend_impl<cuda> {
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     config.attrs = &early;
-    config.numAttrs = waits(ctx) ? 1 : 0;
+    config.numAttrs = ctx.code_major() >= 9 ? 1 : 0;
     check_cuda(cudaLaunchKernelEx(&config, kernel, launch), "attend");
   }
 };

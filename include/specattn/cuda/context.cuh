@@ -1,7 +1,7 @@
 // context<cuda>: a stream and a workspace. buffer<T, cuda>: device memory. Every call to the runtime is checked here.
 #pragma once
 
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -23,9 +23,13 @@ inline void check_cuda(cudaError_t status, const char* operation) {
     return;
   raise<device_error>(std::string(operation) + ": " + cudaGetErrorString(status));
 }
+
+/// Tells what the program's device code was compiled for; never launched.
+template <class = void>
+__global__ void compiled_for_probe() {}
 }  // namespace detail
 
-/// Elements in device memory, zeroed.
+/// Elements in device memory, zeroed. Making one waits for the device.
 template <class T>
 class buffer<T, cuda> {
   static_assert(std::is_trivially_copyable_v<T>, "a specattn::buffer holds trivially copyable elements only");
@@ -41,6 +45,7 @@ class buffer<T, cuda> {
     detail::check_cuda(cudaMalloc(&memory, bytes()), "buffer");
     data_ = static_cast<T*>(memory);
     detail::check_cuda(cudaMemset(memory, 0, bytes()), "buffer");
+    detail::check_cuda(cudaStreamSynchronize(cudaStreamLegacy), "buffer");  // non-blocking streams would not wait
   }
   buffer(buffer&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
@@ -84,15 +89,18 @@ class context<cuda> {
       : stream_(stream), workspace_(workspace_bytes) {
     int device = 0;
     detail::check_cuda(cudaGetDevice(&device), "context");
-    detail::check_cuda(cudaDeviceGetAttribute(&compute_major_, cudaDevAttrComputeCapabilityMajor, device), "context");
+    cudaFuncAttributes probe{};
+    detail::check_cuda(cudaFuncGetAttributes(&probe, detail::compiled_for_probe<>), "context");
+    code_major_ = probe.ptxVersion / 10;
     detail::check_cuda(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device), "context");
     detail::check_cuda(cudaDeviceGetAttribute(&block_shared_bytes_, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
                        "context");
   }
 
   cudaStream_t stream() const { return stream_; }
-  /// Of the compute capability: 9 for Hopper.
-  int compute_major() const { return compute_major_; }
+  /// Of the compute capability that the code which runs here was compiled for: 9 for Hopper. It can be lower than the
+  /// device's: a driver translates code for older devices, which then knows no clusters.
+  int code_major() const { return code_major_; }
   int multiprocessors() const { return multiprocessors_; }
   /// The most shared memory that one CTA can have.
   int block_shared_bytes() const { return block_shared_bytes_; }
@@ -113,7 +121,7 @@ class context<cuda> {
  private:
   cudaStream_t stream_ = nullptr;
   buffer<std::byte, cuda> workspace_;
-  int compute_major_ = 0;
+  int code_major_ = 0;
   int multiprocessors_ = 0;
   int block_shared_bytes_ = 0;
 };

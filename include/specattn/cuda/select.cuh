@@ -90,7 +90,7 @@ struct select_impl<cuda> {
     return keys > search ? keys : search;
   }
 
-  static int largest_cluster(const context<cuda>& ctx) { return ctx.compute_major() >= 9 ? select_max_cluster : 1; }
+  static int largest_cluster(const context<cuda>& ctx) { return ctx.code_major() >= 9 ? select_max_cluster : 1; }
   static bool is_resident(const context<cuda>& ctx, std::ptrdiff_t kv_len, const selection_rule& rule) {
     return rule.page_size == 1 && rule.method == threshold_method::exact &&
            kv_len <= std::ptrdiff_t{largest_cluster(ctx)} * most_share;
@@ -123,7 +123,7 @@ struct select_impl<cuda> {
     size.val.clusterDim.x = static_cast<unsigned>(cluster);
     size.val.clusterDim.y = size.val.clusterDim.z = 1;
     config.attrs = &size;
-    config.numAttrs = ctx.compute_major() >= 9 ? 1 : 0;
+    config.numAttrs = ctx.code_major() >= 9 ? 1 : 0;
     check_cuda(
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)),
         "select");

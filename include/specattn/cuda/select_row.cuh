@@ -64,6 +64,8 @@ class select_row : group_part {
   }
 
  private:
+  static constexpr int sampled_bins = sample_bins / select_threads;  // of a thread
+  static_assert(sampled_bins == 2);
   struct row_facts {
     std::uint32_t max_key;
     float sum;
@@ -166,24 +168,8 @@ class select_row : group_part {
     forced_mass_ = 0;
     take_out(range.first, forced.head < range.last ? forced.head : range.last);
     take_out(forced.tail > range.first ? forced.tail : range.first, range.last);
-    constexpr int each = sample_bins / select_threads;
-    std::uint32_t counts[each] = {};
-#pragma unroll
-    for (int peer = 0; peer < select_max_cluster; ++peer) {
-      if (peer >= team_.size()) continue;
-      const uint2 part = reinterpret_cast<const uint2*>(team_.at_peer(memory_.sample, peer))[team_.thread()];
-      counts[0] += part.x;
-      counts[1] += part.y;
-    }
-    const std::uint32_t sampled = __reduce_add_sync(~0u, counts[0] + counts[1]);
-    if (team_.lane() == 0) atomicAdd(&memory_.sampled, sampled);
-    const std::uint32_t first = static_cast<std::uint32_t>(team_.thread()) * each << sample_shift;
-    float mass[each];
-#pragma unroll
-    for (std::uint32_t i = 0; i < each; ++i) {
-      const float middle = __uint_as_float(first + (i << sample_shift) + (1u << (sample_shift - 1)));
-      mass[i] = counts[i] > 0 ? static_cast<float>(counts[i]) * middle : 0.0f;
-    }
+    float mass[sampled_bins];
+    merge_sample(mass);
     float below;
     select_sample_scan(memory_.sample_scan).ExclusiveSum(mass[0] + mass[1], below);
     const float rate = static_cast<float>(items) / static_cast<float>(memory_.sampled);
@@ -191,8 +177,8 @@ class select_row : group_part {
     std::uint32_t middle = max_key;
     below *= rate;
 #pragma unroll
-    for (std::uint32_t i = 0; i < each; ++i) {
-      const std::uint32_t edge = first + (i << sample_shift);
+    for (std::uint32_t i = 0; i < sampled_bins; ++i) {
+      const std::uint32_t edge = first_bin() + (i << sample_shift);
       const float here = mass[i] * rate;
       const float margin = 3.0f * sqrtf(rate * __uint_as_float(edge + (1u << sample_shift)) * tail);
       constexpr auto width = static_cast<float>(1u << sample_shift);
@@ -227,6 +213,30 @@ class select_row : group_part {
     return guess;
   }
 
+  /// The first of the thread's bins of the sample, as a key.
+  __device__ std::uint32_t first_bin() const {
+    return static_cast<std::uint32_t>(team_.thread()) * sampled_bins << sample_shift;
+  }
+
+  /// The cluster's sampled mass in the thread's bins; also counts what was sampled.
+  __device__ __forceinline__ void merge_sample(float (&mass)[sampled_bins]) {
+    std::uint32_t counts[sampled_bins] = {};
+#pragma unroll
+    for (int peer = 0; peer < select_max_cluster; ++peer) {
+      if (peer >= team_.size()) continue;
+      const uint2 part = reinterpret_cast<const uint2*>(team_.at_peer(memory_.sample, peer))[team_.thread()];
+      counts[0] += part.x;
+      counts[1] += part.y;
+    }
+    const std::uint32_t sampled = __reduce_add_sync(~0u, counts[0] + counts[1]);
+    if (team_.lane() == 0) atomicAdd(&memory_.sampled, sampled);
+#pragma unroll
+    for (std::uint32_t i = 0; i < sampled_bins; ++i) {
+      const float middle = __uint_as_float(first_bin() + (i << sample_shift) + (1u << (sample_shift - 1)));
+      mass[i] = counts[i] > 0 ? static_cast<float>(counts[i]) * middle : 0.0f;
+    }
+  }
+
   __device__ __forceinline__ void take_out(std::int32_t first, std::int32_t last) {
     for (std::int32_t item = first + team_.thread(); item < last; item += select_threads) {
       std::uint32_t& key = keys_[place(item - range.first)];
@@ -235,66 +245,79 @@ class select_row : group_part {
     }
   }
 
-  /// Adds the keys above the range to `kept` and returns those inside it, counted; tells every CTA this one's masses.
-  __device__ __forceinline__ std::uint64_t sweep(key_range guess, std::uint32_t max_key, std::uint64_t& kept) {
-    // A mass is rounded to a multiple of 2^20 by one addition and its rest to an integer by another: exact sums of
-    // both in 32 bits. The constants' own bits are subtracted in the end.
-    constexpr float upper = 0x1.8p43f;
-    constexpr float lower = 0x1.8p23f;
-    std::uint32_t all[2] = {0, 0}, above[2] = {0, 0};
-    std::uint64_t inside = 0;
-    std::uint64_t heavy = 0;
-    const auto width = static_cast<std::int32_t>(guess.high - guess.low);
-    const auto* fours = reinterpret_cast<const uint4*>(keys_);
-    std::int32_t words = range.words - first_word();
-    words = words > each_words_ ? each_words_ : words;
-    for (std::int32_t word = 0; word < words; ++word) {
-      std::uint32_t inside_bits = 0;
-      std::uint32_t above_bits = 0;
-      const std::int32_t begin = (first_word() + word) * 32;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const uint4 four = fours[place(begin + i * 4) / 4];
-        const std::uint32_t key[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const float weight = __uint_as_float(key[j]);
-          const float high = fmaf(weight, mass_.scale, upper);
-          const float rest = fmaf(weight, mass_.scale, upper - high) + lower;
-          all[0] += __float_as_uint(high);
-          all[1] += __float_as_uint(rest);
-          const auto distance = static_cast<std::int32_t>(key[j] - guess.low);
-          if (distance >= width) {
-            above[0] += __float_as_uint(high);
-            above[1] += __float_as_uint(rest);
-            above_bits |= 1u << (i * 4 + j);
-          }
-          if (static_cast<std::uint32_t>(distance) < static_cast<std::uint32_t>(width))
-            inside_bits |= 1u << (i * 4 + j);
-        }
-      }
-      inside |= std::uint64_t{inside_bits} << (word * 32);
-      heavy |= std::uint64_t{above_bits} << (word * 32);
-    }
-    const auto whole = [&](const std::uint32_t(&sums)[2], int count) {
+  /// A thread's masses, each as two sums of 32 bits: rounded to a multiple of 2^20 by one addition, and the rest to an
+  /// integer by another. The constants' own bits are subtracted in the end.
+  struct split_masses {
+    static constexpr float upper = 0x1.8p43f;
+    static constexpr float lower = 0x1.8p23f;
+    std::uint32_t parts[2] = {0, 0};
+
+    /// The warp's mass, where this thread has added `count` weights, 64 at most.
+    __device__ std::uint64_t of_warp(int count) const {
       const auto n = static_cast<std::uint32_t>(count);
-      const std::uint32_t mine = sums[0] - n * __float_as_uint(upper);  // below 2^27; a warp's sum may be 2^32
+      const std::uint32_t mine = parts[0] - n * __float_as_uint(upper);  // below 2^27; a warp's sum may be 2^32
       const std::uint64_t high =
           (std::uint64_t{__reduce_add_sync(~0u, mine >> 16)} << 16) + __reduce_add_sync(~0u, mine & 0xffffu);
-      const auto rest = static_cast<std::int32_t>(__reduce_add_sync(~0u, sums[1] - n * __float_as_uint(lower)));
+      const auto rest = static_cast<std::int32_t>(__reduce_add_sync(~0u, parts[1] - n * __float_as_uint(lower)));
       return (high << 20) + static_cast<std::uint64_t>(std::int64_t{rest});
-    };
+    }
+  };
+
+  /// Splits a word of keys by the range, and adds their masses: all, and those above.
+  __device__ __forceinline__ void split_word(std::int32_t word, key_range guess, split_masses& all,
+                                             split_masses& above, std::uint32_t& heavy, std::uint32_t& inside) const {
+    const auto width = static_cast<std::int32_t>(guess.width());
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint4 four = reinterpret_cast<const uint4*>(keys_)[place(word * 32 + i * 4) / 4];
+      const std::uint32_t key[4] = {four.x, four.y, four.z, four.w};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const float weight = __uint_as_float(key[j]);
+        const float high = fmaf(weight, mass_.scale, split_masses::upper);
+        const float rest = fmaf(weight, mass_.scale, split_masses::upper - high) + split_masses::lower;
+        all.parts[0] += __float_as_uint(high);
+        all.parts[1] += __float_as_uint(rest);
+        const auto distance = static_cast<std::int32_t>(key[j] - guess.low);
+        if (distance >= width) {
+          above.parts[0] += __float_as_uint(high);
+          above.parts[1] += __float_as_uint(rest);
+          heavy |= 1u << (i * 4 + j);
+        }
+        if (static_cast<std::uint32_t>(distance) < static_cast<std::uint32_t>(width)) inside |= 1u << (i * 4 + j);
+      }
+    }
+  }
+
+  /// Adds the keys above the range to `kept` and returns those inside it, counted; tells every CTA this one's masses.
+  __device__ __forceinline__ std::uint64_t sweep(key_range guess, std::uint32_t max_key, std::uint64_t& kept) {
+    split_masses all, above;
+    std::uint64_t inside = 0;
+    std::uint64_t heavy = 0;
+    std::int32_t words = range.words - first_word();
+    words = words > each_words_ ? each_words_ : words > 0 ? words : 0;
+    for (std::int32_t word = 0; word < words; ++word) {
+      std::uint32_t heavy_bits = 0;
+      std::uint32_t inside_bits = 0;
+      split_word(first_word() + word, guess, all, above, heavy_bits, inside_bits);
+      heavy |= std::uint64_t{heavy_bits} << (word * 32);
+      inside |= std::uint64_t{inside_bits} << (word * 32);
+    }
     const std::uint64_t forced_mass = team_.warp_sum(forced_mass_);
     kept |= heavy;
-    const member_masses mine{forced_mass + whole(all, words > 0 ? words * 32 : 0),
-                             forced_mass + whole(above, __popcll(static_cast<long long>(heavy)))};
-    const std::uint32_t count =
-        __reduce_add_sync(~0u, static_cast<std::uint32_t>(__popcll(static_cast<long long>(kept))));
+    const member_masses mine{forced_mass + all.of_warp(words * 32),
+                             forced_mass + above.of_warp(__popcll(static_cast<long long>(heavy)))};
     const auto bins = doubt_bins::of(guess, mass_, max_key);
     for (std::uint64_t left = inside; left != 0; left &= left - 1) bins.add(memory_.counts[0], key_at(left));
+    tell_masses(mine, __reduce_add_sync(~0u, static_cast<std::uint32_t>(__popcll(static_cast<long long>(kept)))));
+    return inside;
+  }
+
+  /// Tells every CTA the masses of this one and how many positions it keeps for sure, of which these are a warp's.
+  __device__ __forceinline__ void tell_masses(member_masses mine, std::uint32_t kept) {
     if (team_.lane() == 0) {
       memory_.warp_masses[team_.warp()] = mine;
-      memory_.warp_kept[team_.warp()] = count;
+      memory_.warp_kept[team_.warp()] = kept;
     }
     __syncthreads();
     if (team_.thread() < team_.size()) {
@@ -310,7 +333,6 @@ class select_row : group_part {
       team_.at_peer(memory_.kept, team_.thread())[team_.rank()] = block_kept;
     }
     team_.sync();
-    return inside;
   }
 
   /// Of the row's keys on the threshold this CTA keeps the first `ties`.

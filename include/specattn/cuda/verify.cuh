@@ -177,7 +177,7 @@ struct verify_impl<cuda> {
   /// As many CTAs as leave a thread a few tokens each.
   static int cluster_for(const context<cuda>& ctx, std::ptrdiff_t vocab) {
     int cluster = 1;
-    while (ctx.compute_major() >= 9 && cluster < sampling_max_cluster && vocab > std::ptrdiff_t{4096} * cluster)
+    while (ctx.code_major() >= 9 && cluster < sampling_max_cluster && vocab > std::ptrdiff_t{4096} * cluster)
       cluster *= 2;
     return cluster;
   }
@@ -211,7 +211,7 @@ struct verify_impl<cuda> {
     size.val.clusterDim.x = static_cast<unsigned>(cluster);
     size.val.clusterDim.y = size.val.clusterDim.z = 1;
     config.attrs = &size;
-    config.numAttrs = ctx.compute_major() >= 9 ? 1 : 0;
+    config.numAttrs = ctx.code_major() >= 9 ? 1 : 0;
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(config.dynamicSmemBytes)),
                "verify");
