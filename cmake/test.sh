@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what is missing, builds everything and runs every test.
 #   bash cmake/test.sh                    every test
-#   bash cmake/test.sh --labels REGEX     those with a matching label: cpu, cuda, mini_llm, threads, examples, bench,
+#   bash cmake/test.sh --labels REGEX     those with a matching label: cpu, cuda, emulated, mini_llm, threads, examples, bench,
 #                                         headers, compile_fail, package, lint
 # Further arguments go to ctest.
 set -euo pipefail

@@ -43,13 +43,18 @@ class select_row : group_part {
       if (items > limit) return false;
       return emit_list(group, whole_words(), range.first, items);
     }
-    const key_range guess = guess_range((1.0f - top_p) * facts.sum, facts.max_key);
-    std::uint64_t inside = sweep(guess, facts.max_key, kept);
+    key_range guess = guess_range((1.0f - top_p) * facts.sum, facts.max_key);
     select_row_threshold threshold(team_, memory_, mass_, facts.max_key);
+    std::uint64_t inside = sweep(guess, facts.max_key, kept);
     const auto for_each = [&](auto visit) {
       for (std::uint64_t left = inside; left != 0; left &= left - 1) visit(key_at(left));
     };
-    if (!threshold.find(guess, top_p, for_each)) return false;
+    if (!threshold.find(guess, top_p, for_each)) {
+      guess = whole_bins(guess, facts.max_key);
+      kept = forced_words();
+      inside = sweep(guess, facts.max_key, kept);
+      if (!threshold.find(guess, top_p, for_each)) return false;
+    }
     const row_verdict verdict = memory_.verdict;
     if (verdict.total > limit) return false;
     std::uint64_t equal = 0;
@@ -66,6 +71,7 @@ class select_row : group_part {
  private:
   static constexpr int sampled_bins = sample_bins / select_threads;  // of a thread
   static_assert(sampled_bins == 2);
+  static constexpr std::uint32_t reach = (1u << 25) - 1;  // from a range's middle: doubt_bins hold eight octaves
   struct row_facts {
     std::uint32_t max_key;
     float sum;
@@ -204,8 +210,6 @@ class select_row : group_part {
     }
     __syncthreads();
     guess = memory_.guess;
-    // doubt_bins hold eight octaves.
-    constexpr std::uint32_t reach = (1u << 25) - 1;
     middle = memory_.middle;
     if (guess.high - middle > reach) guess.high = middle + reach;
     if (guess.low > guess.high) guess.low = guess.high;  // nothing: a miss
@@ -237,6 +241,19 @@ class select_row : group_part {
     }
   }
 
+  /// For a second try: all of the sample's bins that a range touches. Keys that are tied leave gaps in them, where the
+  /// guess took them to be evenly spread.
+  __device__ __forceinline__ key_range whole_bins(key_range guess, std::uint32_t max_key) {
+    team_.sync();  // peers have read this CTA's counts
+    memory_.counts[0][team_.thread()] = {0, 0};
+    if (team_.thread() == 0) memory_.mine = {0, 0};
+    __syncthreads();
+    const std::uint32_t low = guess.low >> sample_shift << sample_shift;
+    const std::uint32_t end = ((guess.high >> sample_shift) + 1) << sample_shift;
+    const std::uint32_t high = end < max_key + 1 ? end : max_key + 1;
+    return {high - low > 2 * reach ? high - 2 * reach : low, high};
+  }
+
   __device__ __forceinline__ void take_out(std::int32_t first, std::int32_t last) {
     for (std::int32_t item = first + team_.thread(); item < last; item += select_threads) {
       std::uint32_t& key = keys_[place(item - range.first)];
@@ -244,24 +261,6 @@ class select_row : group_part {
       key = 0;
     }
   }
-
-  /// A thread's masses, each as two sums of 32 bits: rounded to a multiple of 2^20 by one addition, and the rest to an
-  /// integer by another. The constants' own bits are subtracted in the end.
-  struct split_masses {
-    static constexpr float upper = 0x1.8p43f;
-    static constexpr float lower = 0x1.8p23f;
-    std::uint32_t parts[2] = {0, 0};
-
-    /// The warp's mass, where this thread has added `count` weights, 64 at most.
-    __device__ std::uint64_t of_warp(int count) const {
-      const auto n = static_cast<std::uint32_t>(count);
-      const std::uint32_t mine = parts[0] - n * __float_as_uint(upper);  // below 2^27; a warp's sum may be 2^32
-      const std::uint64_t high =
-          (std::uint64_t{__reduce_add_sync(~0u, mine >> 16)} << 16) + __reduce_add_sync(~0u, mine & 0xffffu);
-      const auto rest = static_cast<std::int32_t>(__reduce_add_sync(~0u, parts[1] - n * __float_as_uint(lower)));
-      return (high << 20) + static_cast<std::uint64_t>(std::int64_t{rest});
-    }
-  };
 
   /// Splits a word of keys by the range, and adds their masses: all, and those above.
   __device__ __forceinline__ void split_word(std::int32_t word, key_range guess, split_masses& all,
@@ -308,7 +307,9 @@ class select_row : group_part {
     const member_masses mine{forced_mass + all.of_warp(words * 32),
                              forced_mass + above.of_warp(__popcll(static_cast<long long>(heavy)))};
     const auto bins = doubt_bins::of(guess, mass_, max_key);
-    for (std::uint64_t left = inside; left != 0; left &= left - 1) bins.add(memory_.counts[0], key_at(left));
+    doubt_bins::adder counted{bins, memory_.counts[0]};
+    for (std::uint64_t left = inside; left != 0; left &= left - 1) counted.add(key_at(left));
+    counted.flush();
     tell_masses(mine, __reduce_add_sync(~0u, static_cast<std::uint32_t>(__popcll(static_cast<long long>(kept)))));
     return inside;
   }

@@ -24,6 +24,24 @@ struct key_range {
   __device__ bool holds(std::uint32_t key) const { return key - low < width(); }
 };
 
+/// A thread's masses, each as two sums of 32 bits: rounded to a multiple of 2^20 by one addition, and the rest to an
+/// integer by another. The constants' own bits are subtracted in the end.
+struct split_masses {
+  static constexpr float upper = 0x1.8p43f;
+  static constexpr float lower = 0x1.8p23f;
+  std::uint32_t parts[2] = {0, 0};
+
+  /// The warp's mass, where this thread has added `count` weights, 64 at most.
+  __device__ std::uint64_t of_warp(int count) const {
+    const auto n = static_cast<std::uint32_t>(count);
+    const std::uint32_t mine = parts[0] - n * __float_as_uint(upper);  // below 2^27; a warp's sum may be 2^32
+    const std::uint64_t high =
+        (std::uint64_t{__reduce_add_sync(~0u, mine >> 16)} << 16) + __reduce_add_sync(~0u, mine & 0xffffu);
+    const auto rest = static_cast<std::int32_t>(__reduce_add_sync(~0u, parts[1] - n * __float_as_uint(lower)));
+    return (high << 20) + static_cast<std::uint64_t>(std::int64_t{rest});
+  }
+};
+
 /// What a CTA tells the others of its part of the row.
 struct alignas(16) member_masses {
   std::uint64_t all;   ///< mass of its keys
@@ -94,19 +112,34 @@ struct doubt_bins {
   }
   __device__ key_range keys(std::uint32_t bin) const { return {(top - bin) << shift, (top - bin + 1) << shift}; }
 
-  __device__ void add(uint2* counts, std::uint32_t key) const {
-    // Below 2^23 a float's last bit is worth one at most: adding 2^23 rounds as fixed_point() does.
-    const std::uint32_t one = __float_as_uint(fmaf(__uint_as_float(key), scale, 0x1p23f)) - 0x4b000000u;
-    const bool linear = key >> 23 >= linear_exponent;
-    uint2& bin = counts[top - (key >> shift)];
-    atomicAdd(&bin.x, linear ? 1 : one >> 12);
-    atomicAdd(&bin.y, linear ? key & ((1u << shift) - 1) : one & 4095);
-  }
+  /// Adds keys one after the other; neighbours in one bin, as ties are, cost one addition in shared memory.
+  struct adder {
+    const doubt_bins& bins;
+    uint2* counts;
+    std::uint32_t bin = 0;
+    uint2 sum{0, 0};
+
+    __device__ __forceinline__ void add(std::uint32_t key) {
+      // Below 2^23 a float's last bit is worth one at most: adding 2^23 rounds as fixed_point() does.
+      const std::uint32_t one = __float_as_uint(fmaf(__uint_as_float(key), bins.scale, 0x1p23f)) - 0x4b000000u;
+      const bool linear = key >> 23 >= bins.linear_exponent;
+      const std::uint32_t next = bins.top - (key >> bins.shift);
+      if (next != bin) flush();
+      bin = next;
+      sum.x += linear ? 1 : one >> 12;
+      sum.y += linear ? key & ((1u << bins.shift) - 1) : one & 4095;
+    }
+    __device__ __forceinline__ void flush() {
+      if (sum.x > 0) atomicAdd(&counts[bin].x, sum.x);
+      if (sum.y > 0) atomicAdd(&counts[bin].y, sum.y);
+      sum = {0, 0};
+    }
+  };
   __device__ std::uint64_t mass_of(std::uint32_t bin, std::uint64_t first, std::uint64_t second) const {
     const std::uint32_t lowest = keys(bin).low;
     const std::uint32_t exponent = lowest >> 23;
     if (exponent < linear_exponent) return (first << 12) + second;
-    return (first * (lowest & 0x7fffffu | 0x800000u) + second) << (exponent - linear_exponent);
+    return (first * ((lowest & 0x7fffffu) | 0x800000u) + second) << (exponent - linear_exponent);
   }
 };
 
@@ -190,16 +223,23 @@ class select_row_threshold {
   template <class ForEach>
   __device__ __forceinline__ void tell(key_range range, int round, ForEach for_each) {
     const auto bins = doubt_bins::of(range, mass_, max_key_);
+    doubt_bins::adder counted{bins, memory_.counts[round ^ 1]};
+    const volatile std::uint32_t& told = memory_.mine.inside;
     std::uint32_t above = 0;
+    std::uint32_t inside = 0;  // more than are told one by one
     for_each([&](std::uint32_t key) {
       above += key >= range.high ? 1 : 0;
       if (!range.holds(key)) return;
-      bins.add(memory_.counts[round ^ 1], key);
-      const std::uint32_t at = atomicAdd(&memory_.mine.inside, 1u);
+      counted.add(key);
+      const std::uint32_t at = told > 32 ? told : atomicAdd(&memory_.mine.inside, 1u);
       if (at < 32) memory_.nearest_mine[at] = key;
+      if (at > 32) ++inside;
     });
+    counted.flush();
     above = __reduce_add_sync(~0u, above);
+    inside = __reduce_add_sync(~0u, inside);
     if (team_.lane() == 0 && above > 0) atomicAdd(&memory_.mine.above, above);
+    if (team_.lane() == 0 && inside > 0) atomicAdd(&memory_.mine.inside, inside);
     __syncthreads();
     const member_counts mine = memory_.mine;
     const int peer = team_.warp();
