@@ -290,4 +290,15 @@ TEST_CASE("make_sparse_mixture: drops the small terms and keeps a sum of one") {
   CHECK(mixture.terms[2].coefficient == 1.0f);
 }
 
+TEST_CASE("make_sparse_mixture: hundreds of signals that share a group evenly all stay") {
+  specattn::alignment from;
+  from.signals = {22, 32, {}, 0, false};
+  from.target.layers = from.target.kv_heads = 1;
+  from.coefficients.assign(704, 1.0f / 704.0f);
+  from.coefficients[5] = 0.0f;
+  const specattn::sparse_mixture mixture = specattn::make_sparse_mixture(from);
+  REQUIRE(mixture.terms.size() == 703);
+  CHECK(mixture.terms[0].coefficient == doctest::Approx(1.0 / 703));
+}
+
 }  // namespace importance_testing

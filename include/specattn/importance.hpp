@@ -1,6 +1,7 @@
 // Importance from signals: for each target (layer, kv head), the weighted sum of the draft heads' rows.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <utility>
@@ -41,8 +42,9 @@ class resident_mixture<cpu> : public sparse_mixture {
   explicit resident_mixture(sparse_mixture from) : sparse_mixture(std::move(from)) {}
 };
 
-/// Drops terms below `least` and rescales the others of the group to a sum of one. At the default a sixth of a fitted
-/// mixture's terms go, with 0.2 % of its sum.
+/// Drops terms below `least`, or below half of the group's largest where that is less (hundreds of signals that share
+/// a group evenly are all small), and rescales the others of the group to a sum of one. At the default a sixth of a
+/// fitted mixture's terms go, with 0.2 % of its sum.
 inline sparse_mixture make_sparse_mixture(const alignment& from, float least = 2e-3f) {
   sparse_mixture mixture;
   mixture.signals = from.signals;
@@ -52,10 +54,11 @@ inline sparse_mixture make_sparse_mixture(const alignment& from, float least = 2
   mixture.first.push_back(0);
   for (std::int32_t g = 0; g < groups; ++g) {
     const float* row = from.coefficients.data() + std::ptrdiff_t{g} * signals;
+    const float bound = (std::min)(least, 0.5f * *std::max_element(row, row + signals));
     float sum = 0.0f;
-    for (std::int32_t i = 0; i < signals; ++i) sum += row[i] >= least ? row[i] : 0.0f;
+    for (std::int32_t i = 0; i < signals; ++i) sum += row[i] >= bound ? row[i] : 0.0f;
     for (std::int32_t i = 0; i < signals; ++i) {
-      if (row[i] >= least) mixture.terms.push_back({i, row[i] / sum});
+      if (row[i] >= bound && row[i] > 0.0f) mixture.terms.push_back({i, row[i] / sum});
     }
     mixture.first.push_back(static_cast<std::int32_t>(mixture.terms.size()));
   }
