@@ -11,7 +11,6 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <iterator>
 
 #include "../attend.hpp"
 #include "attend_gather.cuh"
