@@ -26,4 +26,4 @@ cmake -S "$root" -B "$root/build" -D CMAKE_BUILD_TYPE=Release -D SPECATTN_BUILD_
   -D SPECATTN_BUILD_BENCH=ON -D SPECATTN_BUILD_MINI_LLM=ON
 cmake --build "$root/build" --parallel "$(nproc)"
 cd "$root/build"
-ctest --output-on-failure --no-tests=error "${arguments[@]}"
+ctest --output-on-failure --no-tests=error --parallel "$(nproc)" "${arguments[@]}"

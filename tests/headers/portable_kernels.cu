@@ -1,0 +1,21 @@
+// Every kernel for the oldest device that is supported: builds for the newest one alone would not notice.
+#include <specattn/cuda.cuh>
+
+namespace s = specattn;
+using device = specattn::cuda;  // ::cuda is the toolkit's
+
+template class s::kv_cache<s::bf16, device>;
+template void s::attend<float, device>(s::context<device>&, const s::attend_args<float, device>&);
+template void s::attend<s::bf16, device>(s::context<device>&, const s::attend_args<s::bf16, device>&);
+template void s::mix_importance<float, device>(s::context<device>&, const s::resident_mixture<device>&,
+                                               const s::importance_args<device, float>&);
+template void s::mix_importance<s::bf16, device>(s::context<device>&, const s::resident_mixture<device>&,
+                                                 const s::importance_args<device, s::bf16>&);
+template void s::select<float, device>(s::context<device>&, const s::importance<float, device>&,
+                                       const s::selection_rule&, s::selection_view<device>);
+template void s::select<s::fp16, device>(s::context<device>&, const s::importance<s::fp16, device>&,
+                                         const s::selection_rule&, s::selection_view<device>);
+template void s::sample<device>(s::context<device>&, s::view<const float, 2, device>,
+                                s::view<const s::sampler_options, 1, device>, s::view<const std::int64_t, 1, device>,
+                                s::random_use, s::view<float, 2, device>, s::view<std::int32_t, 1, device>);
+template void s::verify<device>(s::context<device>&, const s::verify_args<device>&);
