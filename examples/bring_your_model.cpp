@@ -53,7 +53,7 @@ class my_model {
 
   /// 2. One pass over the batch's tokens: those of all sequences, one after another. Nothing is kept between calls.
   template <class Attention>
-  void forward(context<cpu>&, const forward_batch& batch, Attention& attention, view<float, 2> logits) {
+  void forward(context<cpu>&, const forward_batch<>& batch, Attention& attention, view<float, 2> logits) {
     const auto slots = static_cast<std::ptrdiff_t>(batch.tokens.size());
     for (std::ptrdiff_t s = 0; s < slots; ++s) {
       for (int d = 0; d < hidden; ++d) x_[s * hidden + d] = embedding_[batch.tokens[s] * hidden + d];

@@ -16,7 +16,7 @@ struct toy {
     return uniform(1, at, random_use::draft) - 0.5f + noise * (uniform(2, at, random_use::draft) - 0.5f);
   }
   template <class Attention>
-  void forward(context<cpu>&, const forward_batch& batch, Attention& attention, view<float, 2> logits) {
+  void forward(context<cpu>&, const forward_batch<>& batch, Attention& attention, view<float, 2> logits) {
     const auto slots = static_cast<std::ptrdiff_t>(batch.tokens.size());
     std::vector<float> q(slots * 32), k(slots * 16), out(slots * 32);
     for (std::ptrdiff_t s = 0; s < slots; ++s) {

@@ -36,7 +36,7 @@ class model {
   const specattn::model_shape& shape() const { return shape_; }
 
   template <class Attention>
-  void forward(specattn::context<specattn::cpu>&, const specattn::forward_batch& batch, Attention& attention,
+  void forward(specattn::context<specattn::cpu>&, const specattn::forward_batch<>& batch, Attention& attention,
                specattn::view<float, 2> logits) {
     const auto slots = static_cast<std::ptrdiff_t>(batch.tokens.size());
     const std::int32_t kv = shape_.kv_heads * shape_.head_dim;
@@ -75,7 +75,7 @@ class model {
     return w;
   }
 
-  void embed(const specattn::forward_batch& batch, std::ptrdiff_t s) {
+  void embed(const specattn::forward_batch<>& batch, std::ptrdiff_t s) {
     const auto at = static_cast<std::size_t>(s);
     float* x = row(x_, s, hidden_);
     for (std::int32_t d = 0; d < hidden_; ++d) {

@@ -133,7 +133,7 @@ llama::scratch_plan llama::plan_scratch(const model_config& config, std::int32_t
   return plan;
 }
 
-void llama::check(const specattn::forward_batch& batch, specattn::view<float, 2> logits) const {
+void llama::check(const specattn::forward_batch<>& batch, specattn::view<float, 2> logits) const {
   const std::size_t slots = batch.tokens.size();
   expects(slots > 0 && slots <= static_cast<std::size_t>(shape_.max_slots), "forward: ", slots,
           " tokens; the model was made for 1 to ", shape_.max_slots, " at a time");
@@ -158,7 +158,7 @@ void llama::check(const specattn::forward_batch& batch, specattn::view<float, 2>
           "] with adjacent elements");
 }
 
-void llama::embed(context<cpu>& ctx, const specattn::forward_batch& batch) {
+void llama::embed(context<cpu>& ctx, const specattn::forward_batch<>& batch) {
   const packed_matrix& embedding = weights_.embedding.outputs > 0 ? weights_.embedding : weights_.head;
   for_rows(ctx, static_cast<std::int64_t>(batch.tokens.size()), [&](std::int64_t r) {
     const auto slot = static_cast<std::size_t>(r);

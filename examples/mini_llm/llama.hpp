@@ -50,7 +50,7 @@ class llama {
   /// \param logits [logit_rows, vocab], rows contiguous; may be empty when no rows are wanted
   /// \throws contract_error for tokens, positions or sizes out of range; nothing is computed then
   template <class Attention>
-  void forward(specattn::context<specattn::cpu>& ctx, const specattn::forward_batch& batch, Attention& attention,
+  void forward(specattn::context<specattn::cpu>& ctx, const specattn::forward_batch<>& batch, Attention& attention,
                specattn::view<float, 2> logits) {
     check(batch, logits);
     const auto slots = static_cast<std::int64_t>(batch.tokens.size());
@@ -100,8 +100,8 @@ class llama {
   static void plan_weights(const model_config& config, weight_store& store, model_weights& weights);
   static void plan_layer(const model_config& config, weight_store& store, std::int64_t layer, layer_weights& weights);
 
-  void check(const specattn::forward_batch& batch, specattn::view<float, 2> logits) const;
-  void embed(specattn::context<specattn::cpu>& ctx, const specattn::forward_batch& batch);
+  void check(const specattn::forward_batch<>& batch, specattn::view<float, 2> logits) const;
+  void embed(specattn::context<specattn::cpu>& ctx, const specattn::forward_batch<>& batch);
   void make_queries_keys_values(specattn::context<specattn::cpu>& ctx, std::int32_t layer, std::int64_t slots);
   void keep_rows(std::span<const std::int32_t> rows);
   void finish_layer(specattn::context<specattn::cpu>& ctx, std::int32_t layer, std::int64_t slots);

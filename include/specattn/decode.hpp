@@ -27,8 +27,8 @@ namespace specattn::inline v0_1 {
 /// Stands for a draft model where there is none: plain decoding, draft_length 0.
 struct no_draft {
   model_shape shape() const { return {}; }
-  template <class Context, class Attention, class Logits>
-  void forward(Context&, const forward_batch&, Attention&, Logits) {}
+  template <class Context, class Batch, class Attention, class Logits>
+  void forward(Context&, const Batch&, Attention&, Logits) {}
 };
 
 /// Decodes with a target, a draft and a guide that the caller owns; the decoder owns both caches.

@@ -54,7 +54,7 @@ struct pass_arrays {
   }
   void end_sequence() { slot_offsets.data()[++sequences] = slots; }
 
-  forward_batch batch() const {
+  forward_batch<> batch() const {
     const auto n = static_cast<std::size_t>(slots);
     return {{tokens.data(), n}, {positions.data(), n}, {logit_rows.data(), static_cast<std::size_t>(rows)}};
   }

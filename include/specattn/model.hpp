@@ -21,11 +21,22 @@ struct model_shape {
   std::int32_t max_slots = 0;      ///< the most tokens one forward() takes; longer prefills are cut into chunks
 };
 
-/// The tokens of one pass, those of all sequences one after another. On the host for every backend.
+/// The tokens of one pass, those of all sequences one after another.
+template <backend B = cpu>
 struct forward_batch {
   std::span<const std::int32_t> tokens;      ///< [slots]
   std::span<const std::int32_t> positions;   ///< [slots] text positions, for the rotary embedding
   std::span<const std::int32_t> logit_rows;  ///< slots whose logits are wanted, ascending; none during prefill
+};
+
+/// The same in device memory, read when the work runs: how many slots there are is fixed when a pass is captured in a
+/// graph, what they hold is not. Slots behind the pass's last sequence are padding (token 0 at position 0): they are
+/// computed like the others and nobody looks at them. A slot may be wanted more than once.
+template <>
+struct forward_batch<cuda> {
+  view<const std::int32_t, 1, cuda> tokens;
+  view<const std::int32_t, 1, cuda> positions;
+  view<const std::int32_t, 1, cuda> logit_rows;
 };
 
 /// The seam between a model and this library, called once a layer.
@@ -49,7 +60,7 @@ struct attention_archetype {
 /// forward() evaluates the batch, calling attention(layer, q, k, v, out) for layers 0, 1, … in order, and writes
 /// logits [logit_rows, vocab]. It keeps no state between calls: the cache is the attention's.
 template <class M, class B = cpu>
-concept language_model = requires(M& model, const M& constant, context<B>& ctx, const forward_batch& batch,
+concept language_model = requires(M& model, const M& constant, context<B>& ctx, const forward_batch<B>& batch,
                                   detail::attention_archetype<B>& attention, view<float, 2, B> logits) {
   { constant.shape() } -> std::convertible_to<model_shape>;
   model.forward(ctx, batch, attention, logits);

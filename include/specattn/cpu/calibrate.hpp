@@ -77,7 +77,7 @@ class recorded_reader {
                                  view<const std::int32_t, 1>(&row, {1})});
     const view<float, 4> weights(weights_.data(), {shape_.layers, count, shape_.q_heads, positions_});
     if (record) pass.record(weights, record_slots::all);
-    const forward_batch batch{
+    const forward_batch<> batch{
         text.subspan(static_cast<std::size_t>(kv_len), static_cast<std::size_t>(count)), positions, {}};
     float no_logits = 0.0f;
     model_->forward(*ctx_, batch, pass, view<float, 2>(&no_logits, {0, shape_.vocab}));
