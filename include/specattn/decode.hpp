@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <optional>
 #include <span>
-#include <vector>
 
 #include "attention_pass.hpp"
 #include "decode_memory.hpp"
@@ -20,6 +19,7 @@
 #include "kv_cache.hpp"
 #include "model.hpp"
 #include "select.hpp"
+#include "sequence_table.hpp"
 #include "verify.hpp"
 
 namespace specattn::inline v0_1 {
@@ -68,23 +68,15 @@ class decoder {
   /// \throws contract_error when no row is free, the prompt is empty, too long, or holds a token outside the vocab
   template <class Progress>
   std::int32_t add(const decode_request& request, Progress&& progress) {
-    detail::check_tokens(request.prompt, "decode: the prompt", sizes_.positions, shape_.vocab);
+    const std::int32_t row = sequences_.take_row(request);
     const auto length = static_cast<std::int32_t>(request.prompt.size());
-    std::int32_t row = 0;
-    while (row < sizes_.sequences && sequences_[static_cast<std::size_t>(row)].active) ++row;
-    detail::expects(row < sizes_.sequences, "decode: all ", sizes_.sequences, " rows are taken; remove() one first");
-    detail::sequence_state& seq = at(row);
-    seq.text.assign(request.prompt.begin(), request.prompt.end());
-    seq.prompt_length = length;
-    detail::begin(seq, request, options_);
     for (std::int32_t from = 0; from < length - 1; from += options_.prefill_chunk) {
       const std::int32_t to = (std::min)(from + options_.prefill_chunk, length - 1);
       prefill(*target_, cache_, shape_.vocab, row, from, to);
       if (drafter_) prefill(drafter_->model(), drafter_->cache(), shape_.vocab, row, from, to);
       progress(to, length - 1);
     }
-    seq.exact_length = length - 1;
-    seq.active = true;
+    sequences_.at(row).active = true;
     return row;
   }
   std::int32_t add(const decode_request& request) {
@@ -94,15 +86,11 @@ class decoder {
   /// Starts a row over from the prompt it was admitted with, under another request (whose prompt is not read): what
   /// came behind the prompt is rolled back, nothing is prefilled again.
   void rewind(std::int32_t row, const decode_request& request) {
-    detail::sequence_state& seq = at(row);
-    detail::expects(seq.active, "decode: row ", row, " holds no sequence to rewind");
-    const std::int32_t cached = seq.prompt_length - 1;
-    seq.text.resize(static_cast<std::size_t>(seq.prompt_length));
+    sequences_.rewind(row, request);
+    const std::int32_t cached = sequences_.at(row).prompt_length - 1;
     cache_.roll_back(row, cached);
     if (drafter_) drafter_->cache().roll_back(row, (std::min)(drafter_->cache().length(row), cached));
     guide_->forget(row);
-    detail::begin(seq, request, options_);
-    seq.exact_length = cached;
   }
 
   /// Runs one round for every running sequence. `on_tokens(row, tokens)` receives what each sequence emitted and
@@ -139,12 +127,11 @@ class decoder {
 
   /// Frees a row, its cached positions and what the guide remembers of it.
   void remove(std::int32_t row) {
-    detail::sequence_state& seq = at(row);
+    static_cast<void>(sequences_.at(row));  // refuses a row that is none
     cache_.clear(row);
     if (drafter_) drafter_->cache().clear(row);
     guide_->forget(row);
-    seq.active = false;
-    seq.text.clear();
+    sequences_.free_row(row);
   }
 
   /// Scores a known text under the round's protocol: the first `prefill` tokens densely, the rest in rounds whose
@@ -157,9 +144,7 @@ class decoder {
     detail::expects(prefill >= 1 && prefill < length, "score: prefill ", prefill, " is outside 1 … ", length - 1);
     detail::expects(static_cast<std::int32_t>(loss.size()) == length - prefill, "score: ", loss.size(),
                     " losses for ", length - prefill, " tokens");
-    for (const detail::sequence_state& other : sequences_) {
-      detail::expects(!other.active, "score: the decoder must have no running sequence");
-    }
+    detail::expects(!sequences_.any_active(), "score: the decoder must have no running sequence");
     const std::int32_t row =
         add({.prompt = tokens.first(static_cast<std::size_t>(prefill)), .max_new_tokens = length - prefill});
     batch_.forced = tokens;
@@ -168,14 +153,14 @@ class decoder {
     }
     batch_.forced = {};
     loss_ = {};
-    const decode_counts counts = at(row).counts;
+    const decode_counts counts = sequences_.at(row).counts;
     remove(row);
     return counts;
   }
 
-  std::span<const std::int32_t> text(std::int32_t row) const { return at(row).text; }
-  finish_reason finish(std::int32_t row) const { return at(row).finish; }
-  const decode_counts& counts(std::int32_t row) const { return at(row).counts; }
+  std::span<const std::int32_t> text(std::int32_t row) const { return sequences_.at(row).text; }
+  finish_reason finish(std::int32_t row) const { return sequences_.at(row).finish; }
+  const decode_counts& counts(std::int32_t row) const { return sequences_.at(row).counts; }
   const round_trace& last_round() const { return trace_; }
   const decode_options& options() const { return options_; }
   /// What adaptive rounds have learnt of costs; null where the options are not adaptive.
@@ -192,23 +177,10 @@ class decoder {
     return mark - before;
   }
 
-  const detail::sequence_state& at(std::int32_t row) const {
-    detail::expects(row >= 0 && row < sizes_.sequences, "decode: row ", row, " is outside 0 … ",
-                    sizes_.sequences - 1);
-    return sequences_[static_cast<std::size_t>(row)];
-  }
-  detail::sequence_state& at(std::int32_t row) {
-    return const_cast<detail::sequence_state&>(static_cast<const decoder*>(this)->at(row));
-  }
-  detail::sequence_state& in_batch(std::int32_t s) {
-    return sequences_[static_cast<std::size_t>(batch_.rows.data()[s])];
-  }
+  detail::sequence_state& in_batch(std::int32_t s) { return sequences_.at(batch_.rows.data()[s]); }
 
   void allocate(std::int32_t slots) {
-    sequences_.resize(static_cast<std::size_t>(sizes_.sequences));
-    for (detail::sequence_state& seq : sequences_) {
-      seq.text.reserve(static_cast<std::size_t>(sizes_.positions) + max_draft_length + 2);
-    }
+    sequences_ = detail::sequence_table(sizes_, shape_.vocab, options_.draft_length);
     batch_ = detail::round_batch(sizes_, shape_.vocab);
     pass_ = detail::pass_arrays(sizes_.sequences, slots);
     kept_ = selection<B>(sizes_.target_groups, sizes_.positions);
@@ -226,7 +198,7 @@ class decoder {
   template <class Model>
   void prefill(Model& model, kv_cache<T, B>& cache, std::int32_t vocab, std::int32_t row, std::int32_t from,
                std::int32_t to) {
-    const detail::sequence_state& seq = sequences_[static_cast<std::size_t>(row)];
+    const detail::sequence_state& seq = sequences_.at(row);
     pass_.clear();
     pass_.begin_sequence(cache.length(row));
     for (std::int32_t i = from; i < to; ++i) pass_.add_slot(seq.text[static_cast<std::size_t>(i)], i, false);
@@ -248,13 +220,9 @@ class decoder {
     batch_.size = 0;
     batch_.judged_offsets.data()[0] = 0;
     for (std::int32_t row = 0; row < sizes_.sequences; ++row) {
-      detail::sequence_state& seq = sequences_[static_cast<std::size_t>(row)];
-      if (!seq.active || seq.finish != finish_reason::running) continue;
+      if (!sequences_.runs(row)) continue;
+      const detail::sequence_state& seq = sequences_.at(row);
       const auto length = static_cast<std::int32_t>(seq.text.size());
-      if (length > sizes_.positions) {  // the last token no longer fits the cache
-        seq.finish = finish_reason::context_full;
-        continue;
-      }
       const std::int32_t wanted = seq.max_new_tokens - (length - seq.prompt_length) - 1;
       const std::int32_t s = batch_.size++;
       batch_.rows.data()[s] = row;
@@ -398,7 +366,7 @@ class decoder {
     const auto before = static_cast<std::int32_t>(seq.text.size());
     detail::expects(next_.data()[s] != no_token, "decode: the target's logits for position ",
                     before + accepted_.data()[s], " of row ", row, " hold no finite value");
-    const decode_counts counts = detail::take_tokens(seq, batch_, s, accepted_.data()[s], next_.data()[s]);
+    const decode_counts counts = detail::take_tokens(seq, batch_.drafted_of(s), accepted_.data()[s], next_.data()[s]);
     seq.counts += counts;
     trace_.counts += counts;
     const auto length = static_cast<std::int32_t>(seq.text.size());
@@ -421,7 +389,7 @@ class decoder {
   guide_needs needs_;
   kv_cache<T, B> cache_;
   std::optional<detail::drafter<T, Draft, B>> drafter_;
-  std::vector<detail::sequence_state> sequences_;
+  detail::sequence_table sequences_;
   detail::round_batch batch_;
   detail::round_pace pace_;
   bool sparse_ = true;  // this round's pace

@@ -7,46 +7,23 @@
 #include <cstdint>
 #include <optional>
 #include <span>
-#include <vector>
 
 #include "cost_model.hpp"
 #include "decode_options.hpp"
 #include "decode_state.hpp"
 #include "error.hpp"
 #include "guide.hpp"
+#include "sequence_table.hpp"
 
 namespace specattn::inline v0_1::detail {
 
-inline void check_tokens(std::span<const std::int32_t> tokens, const char* what, std::int32_t positions,
-                         std::int32_t vocab) {
-  expects(!tokens.empty(), what, " is empty; give at least one token");
-  expects(tokens.size() <= static_cast<std::size_t>(positions), what, " has ", tokens.size(),
-          " tokens, the context holds ", positions);
-  for (std::size_t i = 0; i < tokens.size(); ++i) {
-    expects(tokens[i] >= 0 && tokens[i] < vocab, what, " has token ", tokens[i], " at ", i, ", outside a vocab of ",
-            vocab);
-  }
-}
-
-/// Sets a sequence up for a request; its text is the prompt.
-inline void begin(sequence_state& seq, const decode_request& request, const decode_options& options) {
-  expects(request.draft_length <= options.draft_length, "decode: a request's draft_length ", request.draft_length,
-          " is over the options' ", options.draft_length);
-  seq.stop_tokens.assign(request.stop_tokens.begin(), request.stop_tokens.end());
-  seq.max_new_tokens = request.max_new_tokens;
-  seq.draft_length = request.draft_length < 0 ? options.draft_length : request.draft_length;
-  seq.sampler = request.sampler;
-  seq.rounds_since_refresh = 0;
-  seq.counts = {};
-  seq.finish = request.max_new_tokens > 0 ? finish_reason::running : finish_reason::length;
-}
-
 /// Appends a round's accepted drafts and the target's own token, up to a stop token or the limit; returns the counts.
-inline decode_counts take_tokens(sequence_state& seq, const round_batch& batch, std::int32_t s, std::int32_t accepted,
+/// \param drafted what was drafted for the sequence
+inline decode_counts take_tokens(sequence_state& seq, std::span<const std::int32_t> drafted, std::int32_t accepted,
                                  std::int32_t next) {
   const std::size_t before = seq.text.size();
   for (std::int32_t i = 0; i <= accepted && seq.finish == finish_reason::running; ++i) {
-    const std::int32_t token = i < accepted ? batch.drafted.data()[batch.first_drafted(s) + i] : next;
+    const std::int32_t token = i < accepted ? drafted[static_cast<std::size_t>(i)] : next;
     seq.text.push_back(token);
     if (std::find(seq.stop_tokens.begin(), seq.stop_tokens.end(), token) != seq.stop_tokens.end()) {
       seq.finish = finish_reason::stop_token;
@@ -54,12 +31,13 @@ inline decode_counts take_tokens(sequence_state& seq, const round_batch& batch, 
       seq.finish = finish_reason::length;
     }
   }
+  const auto proposed = static_cast<std::int32_t>(drafted.size());
   decode_counts counts;
   counts.rounds = 1;
-  counts.proposed = batch.draft_length(s);
+  counts.proposed = proposed;
   counts.accepted = accepted;
-  counts.bonus = accepted == batch.draft_length(s);
-  counts.corrected = accepted < batch.draft_length(s);
+  counts.bonus = accepted == proposed;
+  counts.corrected = accepted < proposed;
   counts.emitted = static_cast<std::int64_t>(seq.text.size() - before);
   counts.discarded = accepted + 1 - counts.emitted;
   for (std::int32_t i = 0; i < accepted; ++i) ++counts.accepted_at[static_cast<std::size_t>(i)];
@@ -78,11 +56,11 @@ class round_pace {
   }
 
   /// Shortens the batch's drafts. Returns whether the round may be sparse.
-  bool choose(round_batch& batch, const std::vector<sequence_state>& sequences) {
+  bool choose(round_batch& batch, const sequence_table& sequences) {
     if (!planner_) return true;
     double cached = 0.0;
     for (std::int32_t s = 0; s < batch.size; ++s)
-      cached += static_cast<double>(sequences[static_cast<std::size_t>(batch.rows.data()[s])].text.size());
+      cached += static_cast<double>(sequences.at(batch.rows.data()[s]).text.size());
     kv_len_ = cached / batch.size;
     const round_setting setting = planner_->choose(batch.size, kv_len_);
     for (std::int32_t s = 0; s < batch.size; ++s) {

@@ -149,6 +149,9 @@ struct round_batch {
 
   std::int32_t first_drafted(std::int32_t s) const { return judged_offsets.data()[s] - s; }
   std::int32_t& draft_length(std::int32_t s) const { return draft_lengths.data()[s]; }
+  std::span<const std::int32_t> drafted_of(std::int32_t s) const {
+    return {drafted.data() + first_drafted(s), static_cast<std::size_t>(draft_length(s))};
+  }
   std::int32_t longest_draft() const {
     return size == 0 ? 0 : *std::max_element(draft_lengths.data(), draft_lengths.data() + size);
   }

@@ -14,18 +14,14 @@
 
 namespace specattn::inline v0_1 {
 
-/// Importance is the alignment's mixture of the draft's weights (with recency, sinks and the target's own previous
-/// round where the alignment has those signals); the rule selects from it. With `alignment::layer_map_only()` and
-/// `rule.rows == combine::unite` it is the paper's method: the draft steps' sets united.
-///
-/// A rule with rows == combine::unite selects from each recorded step and unites; any other averages the steps first,
-/// which is cheaper and, at equal reduction, as good.
-template <backend B = cpu>
-class draft_guide : public idle_guide {
+namespace detail {
+
+/// What a draft_guide holds, on either backend.
+template <backend B>
+class draft_guide_memory : public idle_guide {
  public:
-  draft_guide() = default;
-  /// \throws contract_error when the alignment is inconsistent
-  draft_guide(const alignment& from, const selection_rule& rule) : rule_(rule) {
+  draft_guide_memory() = default;
+  draft_guide_memory(const alignment& from, const selection_rule& rule) : rule_(rule) {
     from.check();
     target_layers_ = from.target.layers;
     target_kv_heads_ = from.target.kv_heads;
@@ -34,20 +30,20 @@ class draft_guide : public idle_guide {
 
   const selection_rule& rule() const { return rule_; }
   void set_rule(const selection_rule& rule) {
-    detail::expects(rule.rows == rule_.rows || max_positions_ == 0,
-                    "draft_guide: how rows combine is fixed once prepare() has allocated for it");
+    expects(rule.rows == rule_.rows || max_positions_ == 0,
+            "draft_guide: how rows combine is fixed once prepare() has allocated for it");
     rule_ = rule;
   }
 
   void prepare(const guide_setup& setup) {
     const signal_set& signals = mixture_.signals;
-    detail::expects(setup.target.layers == target_layers_ && setup.target.kv_heads == target_kv_heads_,
-                    "draft_guide: the alignment is for a target of ", target_layers_, " layers × ", target_kv_heads_,
-                    " kv_heads, this one has ", setup.target.layers, " × ", setup.target.kv_heads);
-    detail::expects(setup.draft.layers == signals.draft_layers && setup.draft.q_heads == signals.draft_q_heads,
-                    "draft_guide: the alignment is for a draft of ", signals.draft_layers, " layers × ",
-                    signals.draft_q_heads, " q_heads, this one has ", setup.draft.layers, " × ", setup.draft.q_heads);
-    detail::expects(setup.recorded_steps >= 1, "draft_guide: at least one draft step must be recorded a round");
+    expects(setup.target.layers == target_layers_ && setup.target.kv_heads == target_kv_heads_,
+            "draft_guide: the alignment is for a target of ", target_layers_, " layers × ", target_kv_heads_,
+            " kv_heads, this one has ", setup.target.layers, " × ", setup.target.kv_heads);
+    expects(setup.draft.layers == signals.draft_layers && setup.draft.q_heads == signals.draft_q_heads,
+            "draft_guide: the alignment is for a draft of ", signals.draft_layers, " layers × ",
+            signals.draft_q_heads, " q_heads, this one has ", setup.draft.layers, " × ", setup.draft.q_heads);
+    expects(setup.recorded_steps >= 1, "draft_guide: at least one draft step must be recorded a round");
     max_positions_ = setup.max_positions;
     max_rows_ = rule_.rows == combine::unite ? setup.recorded_steps : 1;
     steps_ = setup.recorded_steps;
@@ -60,7 +56,6 @@ class draft_guide : public idle_guide {
       history_weights_ = buffer<float, B>(static_cast<std::size_t>(max_sequences_) * cells);
       history_positions_ = buffer<std::int32_t, B>(static_cast<std::size_t>(max_sequences_) * cells);
       history_counts_ = buffer<std::int32_t, B>(static_cast<std::size_t>(max_sequences_ * groups_));
-      for (std::int32_t row = 0; row < max_sequences_; ++row) forget(row);
     }
   }
 
@@ -72,6 +67,55 @@ class draft_guide : public idle_guide {
          select_workspace_bytes(ctx, std::ptrdiff_t{max_sequences_} * groups_, max_rows_, max_positions_, rule_)});
   }
 
+ protected:
+  /// One row a group needs no combining.
+  selection_rule rule_for(std::ptrdiff_t rows) const {
+    selection_rule rule = rule_;
+    if (rule.rows == combine::mean && rows == 1) rule.rows = combine::unite;
+    return rule;
+  }
+  /// The history of a cache row; none where the mixture has no such signal.
+  attention_history<B> history_of(std::int32_t row) const {
+    if (history_counts_.empty()) return {};
+    const std::ptrdiff_t cells = std::ptrdiff_t{groups_} * max_positions_;
+    return {{history_weights_.data() + row * cells, {groups_, max_positions_}},
+            {history_positions_.data() + row * cells, {groups_, max_positions_}},
+            {history_counts_.data() + row * groups_, {groups_}}};
+  }
+
+  selection_rule rule_;
+  resident_mixture<B> mixture_;
+  std::int32_t target_layers_ = 0;
+  std::int32_t target_kv_heads_ = 0;
+  std::int32_t groups_ = 0;
+  std::int32_t max_sequences_ = 0;
+  std::int32_t max_positions_ = 0;
+  std::int32_t max_rows_ = 1;
+  std::int32_t steps_ = 0;
+  buffer<float, B> importance_;
+  buffer<std::int32_t, B> lengths_;
+  buffer<float, B> history_weights_;  // [sequences, groups, positions]: attention_history
+  buffer<std::int32_t, B> history_positions_;
+  buffer<std::int32_t, B> history_counts_;
+};
+
+}  // namespace detail
+
+/// Importance is the alignment's mixture of the draft's weights (with recency, sinks and the target's own previous
+/// round where the alignment has those signals); the rule selects from it. With `alignment::layer_map_only()` and
+/// `rule.rows == combine::unite` it is the paper's method: the draft steps' sets united.
+///
+/// A rule with rows == combine::unite selects from each recorded step and unites; any other averages the steps first,
+/// which is cheaper and, at equal reduction, as good.
+template <backend B = cpu>
+class draft_guide : public detail::draft_guide_memory<B> {
+  using base = detail::draft_guide_memory<B>;
+
+ public:
+  draft_guide() = default;
+  /// \throws contract_error when the alignment is inconsistent
+  draft_guide(const alignment& from, const selection_rule& rule) : base(from, rule) {}
+
   template <storage T>
   void before_verify(context<B>& ctx, round_state<T, B>& round) {
     const std::int32_t sequences = round.sequences();
@@ -82,9 +126,7 @@ class draft_guide : public idle_guide {
     importance<float, B> from;
     from.weights = out;
     from.kv_lens = lengths_.shaped({std::ptrdiff_t{groups_} * sequences});
-    selection_rule rule = rule_;
-    if (rule.rows == combine::mean && max_rows_ == 1) rule.rows = combine::unite;  // one row: nothing to combine
-    select(ctx, from, rule, round.kept);
+    select(ctx, from, this->rule_for(max_rows_), round.kept);
     for (std::int32_t s = 0; s < sequences; ++s) {
       if (steps_of(round, s) > 0) continue;
       for (std::int32_t layer = 0; layer < target_layers_; ++layer) round.keep_everything(layer, s);
@@ -130,12 +172,7 @@ class draft_guide : public idle_guide {
                    {masses.stride(0), masses.stride(1), masses.stride(3)}};
     args.kv_len = kv_len;
     args.separate_steps = max_rows_ > 1;
-    if (!history_counts_.empty()) {
-      const std::ptrdiff_t cells = std::ptrdiff_t{groups_} * max_positions_;
-      args.history.weights = {history_weights_.data() + row * cells, {groups_, max_positions_}};
-      args.history.positions = {history_positions_.data() + row * cells, {groups_, max_positions_}};
-      args.history.counts = {history_counts_.data() + row * groups_, {groups_}};
-    }
+    args.history = this->history_of(row);
     const std::ptrdiff_t group_stride = out.stride(0);
     args.out = {out.data() + s * target_kv_heads_ * group_stride,
                 {target_layers_, target_kv_heads_, args.separate_steps ? steps : 1, out.extent(2)},
@@ -196,20 +233,17 @@ class draft_guide : public idle_guide {
     for (std::int32_t i = 0; i < attended + used; ++i) sums[i] *= share;
   }
 
-  selection_rule rule_;
-  resident_mixture<B> mixture_;
-  std::int32_t target_layers_ = 0;
-  std::int32_t target_kv_heads_ = 0;
-  std::int32_t groups_ = 0;
-  std::int32_t max_sequences_ = 0;
-  std::int32_t max_positions_ = 0;
-  std::int32_t max_rows_ = 1;
-  std::int32_t steps_ = 0;
-  buffer<float, B> importance_;
-  buffer<std::int32_t, B> lengths_;
-  buffer<float, B> history_weights_;  // [sequences, groups, positions]: attention_history
-  buffer<std::int32_t, B> history_positions_;
-  buffer<std::int32_t, B> history_counts_;
+  using base::groups_;
+  using base::history_counts_;
+  using base::history_positions_;
+  using base::history_weights_;
+  using base::importance_;
+  using base::lengths_;
+  using base::max_positions_;
+  using base::max_rows_;
+  using base::mixture_;
+  using base::target_kv_heads_;
+  using base::target_layers_;
 };
 
 }  // namespace specattn::inline v0_1

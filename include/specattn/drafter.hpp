@@ -5,7 +5,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
-#include <vector>
 
 #include "attention_pass.hpp"
 #include "decode_options.hpp"
@@ -13,6 +12,7 @@
 #include "kv_cache.hpp"
 #include "model.hpp"
 #include "select.hpp"
+#include "sequence_table.hpp"
 #include "verify.hpp"
 
 namespace specattn::inline v0_1::detail {
@@ -58,7 +58,7 @@ class drafter {
   kv_cache<T, B>& cache() { return cache_; }
 
   /// Drafts for the whole batch into batch.drafted (and batch.probabilities where it samples).
-  void run(round_batch& batch, std::vector<sequence_state>& sequences, decode_counts& counts) {
+  void run(round_batch& batch, sequence_table& sequences, decode_counts& counts) {
     sparse_ = false;
     std::fill_n(recorded_.data(), recorded_.size(), 0);
     const std::int32_t longest = batch.longest_draft();
@@ -90,8 +90,8 @@ class drafter {
 
  private:
   /// Caches what a sequence decoded while it did not draft, up to the one or two tokens the first step feeds.
-  void catch_up(const std::int32_t* row, const std::vector<sequence_state>& sequences) {
-    const auto& text = sequences[static_cast<std::size_t>(*row)].text;
+  void catch_up(const std::int32_t* row, const sequence_table& sequences) {
+    const auto& text = sequences.at(*row).text;
     const auto end = static_cast<std::int32_t>(text.size());
     while (end - cache_.length(*row) > 2) {
       const std::int32_t cached = cache_.length(*row);
@@ -112,12 +112,12 @@ class drafter {
 
   /// The first step feeds what the draft has not cached yet (one token, or two after a fully accepted round); later
   /// steps feed the token drafted before.
-  void gather(std::int32_t step, const round_batch& batch, const std::vector<sequence_state>& sequences) {
+  void gather(std::int32_t step, const round_batch& batch, const sequence_table& sequences) {
     pass_.clear();
     for (std::int32_t s = 0; s < batch.size; ++s) {
       const std::int32_t row = batch.rows.data()[s];
       const std::int32_t cached = cache_.length(row);
-      const auto& text = sequences[static_cast<std::size_t>(row)].text;
+      const auto& text = sequences.at(row).text;
       pass_.begin_sequence(cached);
       if (batch.draft_length(s) > step) {
         const auto end = static_cast<std::int32_t>(text.size());
@@ -211,11 +211,11 @@ class drafter {
   }
 
   /// Draws (or, when scoring, looks up) the token of each sequence that drafts in this step.
-  void choose(std::int32_t step, const round_batch& batch, const std::vector<sequence_state>& sequences) {
+  void choose(std::int32_t step, const round_batch& batch, const sequence_table& sequences) {
     std::int32_t logit_row = 0;
     for (std::int32_t s = 0; s < batch.size; ++s) {
       if (batch.draft_length(s) <= step) continue;
-      const auto& seq = sequences[static_cast<std::size_t>(batch.rows.data()[s])];
+      const auto& seq = sequences.at(batch.rows.data()[s]);
       const auto position = static_cast<std::int64_t>(seq.text.size()) + step;
       const std::ptrdiff_t at = batch.first_drafted(s) + step;
       if (!batch.forced.empty()) {
