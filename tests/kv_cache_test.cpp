@@ -11,6 +11,7 @@ struct kv_cache_fixture : cpu_fixture {
 };
 
 #include "kv_cache_cases.hpp"
+#include "kv_cache_rotary_cases.hpp"
 
 namespace kv_cache_testing {
 
@@ -31,6 +32,43 @@ TEST_CASE("kv_cache: rows appended by a team of threads are the rows appended by
       for (int d = 0; d < 64; ++d)
         different += a.layer(0).key(0, i, head)[d].bits != b.layer(0).key(0, i, head)[d].bits ? 1 : 0;
   CHECK(different == 0);
+}
+
+TEST_CASE("rotary oracle: a quarter turn swaps the pair, turns add up, and position 0 changes nothing") {
+  const std::vector<double> head = {1.0, 2.0, 3.0, 4.0}, frequencies = {std::acos(0.0), 0.3};
+  const auto quarter = oracle::rotated(head, 1, frequencies);
+  CHECK(quarter[0] == doctest::Approx(-3.0));
+  CHECK(quarter[2] == doctest::Approx(1.0));
+  CHECK(oracle::rotated(head, 0, frequencies) == head);
+  const auto once = oracle::rotated(head, 7, frequencies);
+  const auto twice = oracle::rotated(oracle::rotated(head, 3, frequencies), 4, frequencies);
+  for (std::size_t d = 0; d < 4; ++d) CHECK(once[d] == doctest::Approx(twice[d]));
+}
+
+TEST_CASE("append_rotated: rows rotated by a team of threads are the rows rotated by one") {
+  constexpr std::ptrdiff_t slots = 1100;
+  std::vector<float> memory(slots * 3 * 64), again;
+  for (std::size_t i = 0; i < memory.size(); ++i) memory[i] = static_cast<float>(i % 1999) * 0.37f - 300.0f;
+  again = memory;
+  std::vector<std::int32_t> positions(slots);
+  for (std::size_t i = 0; i < positions.size(); ++i) positions[i] = static_cast<std::int32_t>(5 * i);
+  const std::vector<float> frequencies(16, 0.7f);
+  const std::vector<std::int32_t> numbers = {0, slots, 0};
+  const auto run = [&](int threads, std::vector<float>& heads) {
+    specattn::context<specattn::cpu> ctx(threads);
+    specattn::kv_cache<specattn::bf16> cache({1, 1, 2, 32, slots, 16, 0});
+    const auto part = [&](std::ptrdiff_t first, std::ptrdiff_t count) {
+      return specattn::view<float, 3>(heads.data() + first * 32, {slots, count, 32}, {6 * 32, 32, 1});
+    };
+    cache.append_rotated(ctx, 0, {{numbers.data(), {2}}, {numbers.data() + 2, {1}}, {numbers.data() + 2, {1}}},
+                         part(0, 4), part(4, 2), part(2, 2),
+                         {{positions.data(), {slots}}, {frequencies.data(), {16}}});
+    std::vector<std::uint16_t> bits;
+    for (std::ptrdiff_t i = 0; i < 1104 * 64; ++i) bits.push_back(cache.layer(0).keys[i].bits);
+    return bits;
+  };
+  CHECK(run(3, memory) == run(1, again));
+  CHECK(memory == again);
 }
 
 }  // namespace kv_cache_testing

@@ -6,6 +6,7 @@
 
 #include "attend.hpp"
 #include "kv_cache.hpp"
+#include "rotary.hpp"
 #include "selection.hpp"
 #include "view.hpp"
 
@@ -38,6 +39,17 @@ class attention_pass {
   void operator()(std::int32_t layer, view<const float, 3, B> q, view<const float, 3, B> k, view<const float, 3, B> v,
                   view<float, 3, B> out) {
     cache_->append(*ctx_, layer, layout_, k, v);
+    attend_to(layer, q, out);
+  }
+  /// The same for q and k not rotated yet; q is rotated in place.
+  void operator()(std::int32_t layer, view<float, 3, B> q, view<const float, 3, B> k, view<const float, 3, B> v,
+                  view<float, 3, B> out, const rotary_view<B>& rotary) {
+    cache_->append_rotated(*ctx_, layer, layout_, q, k, v, rotary);
+    attend_to(layer, q, out);
+  }
+
+ private:
+  void attend_to(std::int32_t layer, view<const float, 3, B> q, view<float, 3, B> out) {
     if (hook_.call != nullptr) hook_.call(hook_.object, layer, q);
 
     attend_args<T, B> args;
@@ -56,7 +68,6 @@ class attention_pass {
     attend(*ctx_, args);
   }
 
- private:
   context<B>* ctx_;
   kv_cache<T, B>* cache_;
   pass_layout<B> layout_;

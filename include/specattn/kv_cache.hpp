@@ -1,8 +1,7 @@
-// Keys and values of earlier positions: one layout for contiguous and paged caches, and a cache that owns one.
+// A cache that owns the keys and values of earlier positions, contiguous or paged.
 #pragma once
 
 #include <algorithm>
-#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -13,114 +12,28 @@
 #include "backend.hpp"
 #include "buffer.hpp"
 #include "error.hpp"
+#include "kv_cache_shape.hpp"
+#include "kv_view.hpp"
+#include "rotary.hpp"
 #include "scalar.hpp"
 #include "view.hpp"
 
 namespace specattn::inline v0_1 {
-
-/// One layer's keys and values, non-owning. Position i of cache row s, kv head h is head_dim adjacent elements at
-///   keys + block_table(s, i >> page_shift) * page_stride + (i & (page_size - 1)) * position_stride + h * head_stride
-/// and the same for values. A contiguous cache is one page a sequence: page_shift 31, block_table(s, 0) = s.
-template <storage T, backend B = cpu>
-struct kv_view {
-  T* keys = nullptr;
-  T* values = nullptr;
-  std::ptrdiff_t page_stride = 0;
-  std::ptrdiff_t position_stride = 0;
-  std::ptrdiff_t head_stride = 0;
-  std::int32_t page_shift = 31;                ///< log2 of the page size; 31: one page holds everything
-  view<const std::int32_t, 2, B> block_table;  ///< [cache rows, pages a sequence]
-  std::int32_t kv_heads = 0;
-  std::int32_t head_dim = 0;
-
-  SPECATTN_HD std::ptrdiff_t offset(std::int32_t row, std::int32_t position, std::int32_t kv_head) const {
-    const std::int32_t page = page_shift >= 31 ? 0 : position >> page_shift;
-    const std::int32_t inside = page_shift >= 31 ? position : position & ((1 << page_shift) - 1);
-    return block_table(row, page) * page_stride + inside * position_stride + kv_head * head_stride;
-  }
-  SPECATTN_HD T* key(std::int32_t row, std::int32_t position, std::int32_t kv_head) const {
-    return keys + offset(row, position, kv_head);
-  }
-  SPECATTN_HD T* value(std::int32_t row, std::int32_t position, std::int32_t kv_head) const {
-    return values + offset(row, position, kv_head);
-  }
-};
-
-/// The size of a cache.
-struct kv_cache_shape {
-  std::int32_t sequences = 1;  ///< cache rows
-  std::int32_t layers = 0;
-  std::int32_t kv_heads = 0;
-  std::int32_t head_dim = 0;
-  std::int32_t max_positions = 0;  ///< a sequence
-  std::int32_t page_size = 0;      ///< 0: contiguous; else a power of two
-  std::int32_t pages = 0;          ///< paged: pages in the pool; 0: enough for every sequence at max_positions
-};
-
-/// Which slots of a pass belong to which sequence. A sequence may have no slots; it is then left alone.
-template <backend B = cpu>
-struct pass_layout {
-  view<const std::int32_t, 1, B> slot_offsets;  ///< [sequences + 1]
-  view<const std::int32_t, 1, B> kv_lens;       ///< [sequences] prefix lengths
-  view<const std::int32_t, 1, B> cache_rows;    ///< [sequences]
-  SPECATTN_HD std::int32_t sequences() const { return static_cast<std::int32_t>(kv_lens.extent(0)); }
-};
 
 namespace detail {
 
 /// What a backend does for a cache; the members are
 ///   write(ctx, layer, row, first, k, v)                              float rows into the cache, rounded
 ///   write(ctx, layer, layout, k, v)                                  the same for a batch; not on the cpu
+///   write_rotated(ctx, layer, row, first, k, v, rotary)              the same of keys to be rotated, and rows in place;
+///   rotate(ctx, q, rotary)                                           only on the cpu
+///   write_rotated(ctx, layer, layout, q, k, v, rotary)               both for a batch; not on the cpu
 ///   compact(ctx, layer 0, layer stride, layers, row, positions)      kept rows to the front, in every layer and head
 ///   publish(ctx, entries, count, table)                              entries of the block table to where kernels read
 ///                                                                    it; not on the cpu
 /// incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
 template <backend B>
 struct kv_cache_impl;
-
-/// a * b for sizes; throws when the product does not fit.
-inline std::ptrdiff_t size_product(std::ptrdiff_t a, std::ptrdiff_t b) {
-  expects(b == 0 || a <= PTRDIFF_MAX / b, "kv_cache: a size of ", a, " times ", b, " does not fit the address space");
-  return a * b;
-}
-
-/// Everything that follows from a shape. Contiguous: [layer][row][kv head][position][head_dim], one page a row.
-/// Paged: [layer][page][kv head][position in page][head_dim]; a page's number is the same in every layer.
-struct kv_cache_layout {
-  std::int32_t page_positions = 0;
-  std::int32_t pages = 0;        ///< in the pool, or rows of a contiguous cache
-  std::int32_t pages_a_row = 1;  ///< columns of the block table
-  std::int32_t page_shift = 31;
-  std::ptrdiff_t head_stride = 0;
-  std::ptrdiff_t page_stride = 0;
-  std::ptrdiff_t layer_stride = 0;
-  std::ptrdiff_t elements = 0;  ///< of the keys; the values have as many
-
-  explicit kv_cache_layout(const kv_cache_shape& s) {
-    expects(s.sequences > 0 && s.layers > 0 && s.kv_heads > 0 && s.head_dim > 0 && s.max_positions > 0,
-            "kv_cache: ", s.sequences, " sequences, ", s.layers, " layers, ", s.kv_heads, " kv_heads, head_dim ",
-            s.head_dim, ", max_positions ", s.max_positions, ": all must be positive");
-    expects(s.page_size >= 0 && (s.page_size & (s.page_size - 1)) == 0, "kv_cache: page_size ", s.page_size,
-            " is neither 0 nor a power of two");
-    expects(s.pages >= 0 && (s.pages == 0 || s.page_size > 0), "kv_cache: ", s.pages, " pages with page_size ",
-            s.page_size);
-    page_positions = s.page_size > 0 ? s.page_size : s.max_positions;
-    std::ptrdiff_t count = s.sequences;
-    if (s.page_size > 0) {
-      pages_a_row = (s.max_positions - 1) / s.page_size + 1;
-      page_shift = std::countr_zero(static_cast<std::uint32_t>(s.page_size));
-      count = s.pages > 0 ? s.pages : size_product(s.sequences, pages_a_row);
-    }
-    expects(count <= INT32_MAX, "kv_cache: ", count, " pages are more than a block table can number");
-    pages = static_cast<std::int32_t>(count);
-    head_stride = size_product(page_positions, s.head_dim);
-    page_stride = size_product(head_stride, s.kv_heads);
-    layer_stride = size_product(page_stride, pages);
-    elements = size_product(layer_stride, s.layers);
-    size_product(elements, 2 * static_cast<std::ptrdiff_t>(sizeof(float)));  // the bytes fit too
-    size_product(s.sequences, pages_a_row);
-  }
-};
 
 }  // namespace detail
 
@@ -205,17 +118,10 @@ class kv_cache {
   /// \param k, v [count, kv_heads, head_dim] float, rounded to the storage type (nearest, ties to even)
   void append(context<B>& ctx, std::int32_t layer, std::int32_t row, view<const float, 3, B> k,
               view<const float, 3, B> v, std::int32_t at = 0) {
-    const row_state& r = checked(row, "append");
     check_layer(layer, "append");
     check_rows(k, v);
-    detail::expects(at >= 0 && k.extent(0) <= shape_.max_positions - r.length - (std::min)(at, shape_.max_positions),
-                    "kv_cache: cache full: row ", row, " holds ", r.length, " positions, ", k.extent(0),
-                    " were appended at ", at, " behind them, max_positions is ", shape_.max_positions);
-    const auto count = static_cast<std::int32_t>(k.extent(0));
-    if (count == 0) return;
-    if (r.length + at + count > capacity(row)) reserve(row, at + count);
-    publish(ctx);
-    detail::kv_cache_impl<B>::write(ctx, this->layer(layer), row, r.length + at, k, v);
+    const std::int32_t first = place_for(ctx, row, k.extent(0), at);
+    if (k.extent(0) > 0) detail::kv_cache_impl<B>::write(ctx, this->layer(layer), row, first, k, v);
   }
   /// The same for a batch in one call, behind the layout's kv_lens: \p k and \p v hold the slots of all sequences.
   /// cuda: one launch that reads the layout on the device, so that a captured graph follows it. There the pages must be
@@ -225,22 +131,48 @@ class kv_cache {
               view<const float, 3, B> v) {
     check_layer(layer, "append");
     check_rows(k, v);
-    detail::expects(
-        layout.slot_offsets.extent(0) == layout.sequences() + 1 && layout.cache_rows.extent(0) == layout.sequences(),
-        "kv_cache: append of ", layout.slot_offsets.extent(0), " slot_offsets, ", layout.sequences(), " kv_lens and ",
-        layout.cache_rows.extent(0), " cache_rows");
+    check_layout(layout);
     if constexpr (std::is_same_v<B, cpu>) {
-      for (std::int32_t s = 0; s < layout.sequences(); ++s) {
-        const std::int32_t row = layout.cache_rows[s], first = layout.slot_offsets[s];
-        const std::int32_t count = layout.slot_offsets[s + 1] - first;
-        if (count == 0) continue;
-        append(ctx, layer, row, k.slice(first, count), v.slice(first, count), layout.kv_lens[s] - length(row));
-      }
+      for_sequences(ctx, layout, [&](std::int32_t row, std::int32_t to, std::int32_t first, std::int32_t count) {
+        detail::kv_cache_impl<B>::write(ctx, this->layer(layer), row, to, k.slice(first, count),
+                                        v.slice(first, count));
+      });
     } else {
       publish(ctx);
       detail::kv_cache_impl<B>::write(ctx, this->layer(layer), layout, k, v);
     }
   }
+  /// The same for queries and keys that are not rotated yet: keys are on their way to the cache, queries in place.
+  /// cuda: still one launch, which reads the positions on the device.
+  /// \param q       [slots, q_heads, head_dim], every row of which is rotated; must not overlap k or v
+  /// \param k, v    [slots, kv_heads, head_dim], left as they are
+  /// \pre    head_dim is even
+  void append_rotated(context<B>& ctx, std::int32_t layer, const pass_layout<B>& layout, view<float, 3, B> q,
+                      view<const float, 3, B> k, view<const float, 3, B> v, const rotary_view<B>& rotary) {
+    check_layer(layer, "append_rotated");
+    check_rows(k, v);
+    check_layout(layout);
+    detail::expects(q.extent(0) == k.extent(0) && q.extent(2) == shape_.head_dim, "kv_cache: append_rotated of q [",
+                    q.extent(0), ", ", q.extent(1), ", ", q.extent(2), "] with ", k.extent(0), " keys of head_dim ",
+                    shape_.head_dim);
+    detail::expects(shape_.head_dim % 2 == 0 && rotary.inverse_frequencies.extent(0) == shape_.head_dim / 2 &&
+                        rotary.positions.extent(0) == k.extent(0),
+                    "kv_cache: append_rotated by ", rotary.positions.extent(0), " positions and ",
+                    rotary.inverse_frequencies.extent(0), " frequencies of ", k.extent(0), " slots, head_dim ",
+                    shape_.head_dim);
+    if constexpr (std::is_same_v<B, cpu>) {
+      for_sequences(ctx, layout, [&](std::int32_t row, std::int32_t to, std::int32_t first, std::int32_t count) {
+        detail::kv_cache_impl<B>::write_rotated(ctx, this->layer(layer), row, to, k.slice(first, count),
+                                                v.slice(first, count),
+                                                {rotary.positions.slice(first, count), rotary.inverse_frequencies});
+      });
+      detail::kv_cache_impl<B>::rotate(ctx, q, rotary);  // last: where a sequence does not fit, q is as it was
+    } else {
+      publish(ctx);
+      detail::kv_cache_impl<B>::write_rotated(ctx, this->layer(layer), layout, q, k, v, rotary);
+    }
+  }
+
   /// Counts `count` appended positions in.
   void advance(std::int32_t row, std::int32_t count) {
     row_state& r = checked(row, "advance");
@@ -357,6 +289,32 @@ class kv_cache {
                     "kv_cache: append of k [", k.extent(0), ", ", k.extent(1), ", ", k.extent(2), "] and v [",
                     v.extent(0), ", ", v.extent(1), ", ", v.extent(2), "] to a cache of ", shape_.kv_heads,
                     " kv_heads, head_dim ", shape_.head_dim);
+  }
+  static void check_layout(const pass_layout<B>& layout) {
+    detail::expects(
+        layout.slot_offsets.extent(0) == layout.sequences() + 1 && layout.cache_rows.extent(0) == layout.sequences(),
+        "kv_cache: append of ", layout.slot_offsets.extent(0), " slot_offsets, ", layout.sequences(), " kv_lens and ",
+        layout.cache_rows.extent(0), " cache_rows");
+  }
+  /// Checks that rows fit behind a sequence's length, and makes room for them. Returns the place of the first.
+  std::int32_t place_for(context<B>& ctx, std::int32_t row, std::ptrdiff_t rows, std::int32_t at) {
+    const row_state& r = checked(row, "append");
+    detail::expects(at >= 0 && rows <= shape_.max_positions - r.length - (std::min)(at, shape_.max_positions),
+                    "kv_cache: cache full: row ", row, " holds ", r.length, " positions, ", rows,
+                    " were appended at ", at, " behind them, max_positions is ", shape_.max_positions);
+    const auto count = static_cast<std::int32_t>(rows);
+    if (count > 0 && r.length + at + count > capacity(row)) reserve(row, at + count);
+    publish(ctx);
+    return r.length + at;
+  }
+  /// one(row, place, first slot, slots) for each sequence that has slots.
+  template <class One>
+  void for_sequences(context<B>& ctx, const pass_layout<B>& layout, One one) {
+    for (std::int32_t s = 0; s < layout.sequences(); ++s) {
+      const std::int32_t row = layout.cache_rows[s], first = layout.slot_offsets[s];
+      const std::int32_t count = layout.slot_offsets[s + 1] - first;
+      if (count > 0) one(row, place_for(ctx, row, count, layout.kv_lens[s] - length(row)), first, count);
+    }
   }
   void check_lists(view<const std::int32_t, 2, cpu> positions, std::int32_t length) const {
     const std::ptrdiff_t lists = static_cast<std::ptrdiff_t>(shape_.layers) * shape_.kv_heads;

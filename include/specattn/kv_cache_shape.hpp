@@ -1,0 +1,71 @@
+// The sizes of a cache, and what follows from them.
+#pragma once
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+
+#include "error.hpp"
+
+namespace specattn::inline v0_1 {
+
+/// The size of a cache.
+struct kv_cache_shape {
+  std::int32_t sequences = 1;  ///< cache rows
+  std::int32_t layers = 0;
+  std::int32_t kv_heads = 0;
+  std::int32_t head_dim = 0;
+  std::int32_t max_positions = 0;  ///< a sequence
+  std::int32_t page_size = 0;      ///< 0: contiguous; else a power of two
+  std::int32_t pages = 0;          ///< paged: pages in the pool; 0: enough for every sequence at max_positions
+};
+
+namespace detail {
+
+/// a * b for sizes; throws when the product does not fit.
+inline std::ptrdiff_t size_product(std::ptrdiff_t a, std::ptrdiff_t b) {
+  expects(b == 0 || a <= PTRDIFF_MAX / b, "kv_cache: a size of ", a, " times ", b, " does not fit the address space");
+  return a * b;
+}
+
+/// Everything that follows from a shape. Contiguous: [layer][row][kv head][position][head_dim], one page a row.
+/// Paged: [layer][page][kv head][position in page][head_dim]; a page's number is the same in every layer.
+struct kv_cache_layout {
+  std::int32_t page_positions = 0;
+  std::int32_t pages = 0;        ///< in the pool, or rows of a contiguous cache
+  std::int32_t pages_a_row = 1;  ///< columns of the block table
+  std::int32_t page_shift = 31;
+  std::ptrdiff_t head_stride = 0;
+  std::ptrdiff_t page_stride = 0;
+  std::ptrdiff_t layer_stride = 0;
+  std::ptrdiff_t elements = 0;  ///< of the keys; the values have as many
+
+  explicit kv_cache_layout(const kv_cache_shape& s) {
+    expects(s.sequences > 0 && s.layers > 0 && s.kv_heads > 0 && s.head_dim > 0 && s.max_positions > 0,
+            "kv_cache: ", s.sequences, " sequences, ", s.layers, " layers, ", s.kv_heads, " kv_heads, head_dim ",
+            s.head_dim, ", max_positions ", s.max_positions, ": all must be positive");
+    expects(s.page_size >= 0 && (s.page_size & (s.page_size - 1)) == 0, "kv_cache: page_size ", s.page_size,
+            " is neither 0 nor a power of two");
+    expects(s.pages >= 0 && (s.pages == 0 || s.page_size > 0), "kv_cache: ", s.pages, " pages with page_size ",
+            s.page_size);
+    page_positions = s.page_size > 0 ? s.page_size : s.max_positions;
+    std::ptrdiff_t count = s.sequences;
+    if (s.page_size > 0) {
+      pages_a_row = (s.max_positions - 1) / s.page_size + 1;
+      page_shift = std::countr_zero(static_cast<std::uint32_t>(s.page_size));
+      count = s.pages > 0 ? s.pages : size_product(s.sequences, pages_a_row);
+    }
+    expects(count <= INT32_MAX, "kv_cache: ", count, " pages are more than a block table can number");
+    pages = static_cast<std::int32_t>(count);
+    head_stride = size_product(page_positions, s.head_dim);
+    page_stride = size_product(head_stride, s.kv_heads);
+    layer_stride = size_product(page_stride, pages);
+    elements = size_product(layer_stride, s.layers);
+    size_product(elements, 2 * static_cast<std::ptrdiff_t>(sizeof(float)));  // the bytes fit too
+    size_product(s.sequences, pages_a_row);
+  }
+};
+
+}  // namespace detail
+
+}  // namespace specattn::inline v0_1
