@@ -29,29 +29,6 @@ std::uint64_t mix(std::uint64_t hash, std::uint64_t word) {
   return hash ^ (hash >> 32);
 }
 
-/// Hashes a tensor's identity and content, refuses NaN and infinity, and shows it to `use` in chunks of whole rows:
-/// use(first row, rows, their bytes).
-template <class Use>
-void read_in_chunks(const std::string& name, const stored_tensor& tensor, std::uint64_t& hash, Use&& use) {
-  hash = hash_bytes(hash, std::as_bytes(std::span(name)));
-  hash = mix(hash, static_cast<std::uint64_t>(tensor.type));
-  const auto rows = static_cast<std::size_t>(tensor.shape.front());
-  const std::size_t row_bytes = tensor.bytes.size() / rows;
-  const std::size_t chunk_rows = std::max<std::size_t>(1, chunk_bytes / row_bytes);
-  for (std::size_t row = 0; row < rows; row += chunk_rows) {
-    const std::size_t count = std::min(chunk_rows, rows - row);
-    const stored_tensor chunk{tensor.type, {}, tensor.bytes.subspan(row * row_bytes, count * row_bytes)};
-    if (const auto element = first_non_finite(chunk)) {
-      throw input_error("tensor \"" + name + "\"",
-                        "element " + std::to_string(row * row_bytes / size_bytes(tensor.type) + *element) + " of " +
-                            std::to_string(tensor.size()) + " is NaN or infinite");
-    }
-    hash = hash_bytes(hash, chunk.bytes);
-    use(static_cast<std::int64_t>(row), static_cast<std::int64_t>(count), chunk.bytes);
-    release_pages(chunk.bytes);
-  }
-}
-
 /// `count` stored elements as elements of `type`, which is theirs or f32.
 void convert(const std::byte* from, dtype from_type, dtype type, std::size_t count, std::vector<std::byte>& out) {
   out.resize(count * size_bytes(type));
@@ -84,6 +61,27 @@ std::uint64_t hash_bytes(std::uint64_t hash, std::span<const std::byte> bytes) {
   for (const std::uint64_t part : state) hash = mix(hash, part);
   for (; at < bytes.size(); ++at) hash = mix(hash, static_cast<std::uint64_t>(bytes[at]));
   return hash;
+}
+
+void read_in_chunks(const std::string& name, const stored_tensor& tensor, std::uint64_t& hash,
+                    const std::function<void(std::int64_t, std::int64_t, std::span<const std::byte>)>& use) {
+  hash = hash_bytes(hash, std::as_bytes(std::span(name)));
+  hash = mix(hash, static_cast<std::uint64_t>(tensor.type));
+  const auto rows = static_cast<std::size_t>(tensor.shape.front());
+  const std::size_t row_bytes = tensor.bytes.size() / rows;
+  const std::size_t chunk_rows = std::max<std::size_t>(1, chunk_bytes / row_bytes);
+  for (std::size_t row = 0; row < rows; row += chunk_rows) {
+    const std::size_t count = std::min(chunk_rows, rows - row);
+    const stored_tensor chunk{tensor.type, {}, tensor.bytes.subspan(row * row_bytes, count * row_bytes)};
+    if (const auto element = first_non_finite(chunk)) {
+      throw input_error("tensor \"" + name + "\"",
+                        "element " + std::to_string(row * row_bytes / size_bytes(tensor.type) + *element) + " of " +
+                            std::to_string(tensor.size()) + " is NaN or infinite");
+    }
+    hash = hash_bytes(hash, chunk.bytes);
+    use(static_cast<std::int64_t>(row), static_cast<std::int64_t>(count), chunk.bytes);
+    release_pages(chunk.bytes);
+  }
 }
 
 std::size_t weight_store::take(std::size_t bytes) {

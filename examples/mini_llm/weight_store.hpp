@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -28,6 +29,9 @@ struct tensor_source {
   std::int64_t rows = 0;
   row_placement place;
 };
+
+/// What the hash of a model's weights begins with.
+inline constexpr std::uint64_t first_weight_hash = 0xcbf29ce484222325U;
 
 /// Plans first, so that the bytes are known, then allocates once and loads. What is loaded keeps the files' element
 /// type; tensors of one matrix whose types differ become float. A tensor is checked, hashed and packed in one go, and
@@ -69,8 +73,14 @@ class weight_store {
   std::vector<planned> plans_;
   std::size_t bytes_ = 0;
   specattn::buffer<std::byte> memory_;
-  std::uint64_t fingerprint_ = 0xcbf29ce484222325U;
+  std::uint64_t fingerprint_ = first_weight_hash;
 };
+
+/// Shows a tensor to `use` in chunks of whole rows, use(first row, rows, their bytes), refuses NaN and infinity, and
+/// continues `hash` over its identity and content. The pages of the mapping are given back behind each chunk.
+/// \throws input_error
+void read_in_chunks(const std::string& name, const stored_tensor& tensor, std::uint64_t& hash,
+                    const std::function<void(std::int64_t, std::int64_t, std::span<const std::byte>)>& use);
 
 /// Continues a 64-bit hash over more bytes: FNV-1a on 64-bit words in four interleaved streams.
 std::uint64_t hash_bytes(std::uint64_t hash, std::span<const std::byte> bytes);
