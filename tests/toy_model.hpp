@@ -14,6 +14,8 @@
 
 namespace toy {
 
+class device_model;
+
 class model {
  public:
   model(std::uint64_t seed, specattn::model_shape shape, float noise = 0.0f)
@@ -63,6 +65,8 @@ class model {
   }
 
  private:
+  friend class device_model;  // toy_model.cuh
+
   static float* row(std::vector<float>& of, std::ptrdiff_t s, std::int32_t width) { return of.data() + s * width; }
 
   std::vector<float> weights(std::uint64_t seed, std::uint64_t salt, std::int32_t outputs, float scale) const {

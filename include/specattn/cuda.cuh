@@ -3,6 +3,8 @@
 
 #include "cuda/attend.cuh"
 #include "cuda/context.cuh"
+#include "cuda/decode.cuh"
+#include "cuda/draft_guide.cuh"
 #include "cuda/importance.cuh"
 #include "cuda/kv_cache.cuh"
 #include "cuda/select.cuh"

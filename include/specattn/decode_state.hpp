@@ -94,10 +94,11 @@ struct decode_sizes {
     draft_groups = std::ptrdiff_t{draft.layers} * sequences * draft.kv_heads;
     recorded_rows = options.sparse_draft ? (std::min)(steps, 1) : steps;
     const std::int32_t kept_rows = options.sparse_draft && steps > 1 ? 1 : 0;  // a sparse step's, before it is added
+    recording_capacity = (std::ptrdiff_t{positions} + 63) / 64 * 64;
     draft_weights = std::size_t(recorded_rows + kept_rows) * std::size_t(draft.layers) * std::size_t(sequences) *
-                    std::size_t(draft.q_heads) * std::size_t(positions);
-    target_weights =
-        std::size_t(target.layers) * std::size_t(verify_slots) * std::size_t(target.q_heads) * std::size_t(positions);
+                    std::size_t(draft.q_heads) * std::size_t(recording_capacity);
+    target_weights = std::size_t(target.layers) * std::size_t(verify_slots) * std::size_t(target.q_heads) *
+                     std::size_t(recording_capacity);
   }
 
   std::int32_t sequences = 0;
@@ -109,8 +110,9 @@ struct decode_sizes {
   kv_cache_shape target_cache, draft_cache;
   std::ptrdiff_t target_groups = 0;
   std::ptrdiff_t draft_groups = 0;
-  std::size_t draft_weights = 0;   ///< floats
-  std::size_t target_weights = 0;  ///< floats
+  std::ptrdiff_t recording_capacity = 0;  ///< entries of a recorded row: positions, up to whole cache lines
+  std::size_t draft_weights = 0;          ///< floats
+  std::size_t target_weights = 0;         ///< floats
 };
 
 /// What a decoder refuses, with the values.

@@ -20,6 +20,8 @@ namespace detail {
 template <backend B>
 class draft_guide_memory : public idle_guide {
  public:
+  using backend_type = B;
+
   draft_guide_memory() = default;
   draft_guide_memory(const alignment& from, const selection_rule& rule) : rule_(rule) {
     from.check();

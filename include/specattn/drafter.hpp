@@ -67,7 +67,7 @@ class drafter {
     }
     for (std::int32_t step = 0; step < longest; ++step) {
       gather(step, batch, sequences);
-      forward(step, batch, counts);
+      forward(step, batch, sequences, counts);
       choose(step, batch, sequences);
       if (options_.sparse_draft && step == 0 && longest > 1) select_own(batch);
     }
@@ -133,7 +133,7 @@ class drafter {
     }
   }
 
-  void forward(std::int32_t step, const round_batch& batch, decode_counts& counts) {
+  void forward(std::int32_t step, const round_batch& batch, sequence_table& sequences, decode_counts& counts) {
     attention_pass<T, B> pass(*ctx_, cache_,
                               {pass_.slot_offsets.shaped({batch.size + 1}), pass_.kv_lens.shaped({batch.size}),
                                batch.rows.shaped({batch.size})});
@@ -148,7 +148,9 @@ class drafter {
     for (std::int32_t s = 0; s < batch.size; ++s) cache_.reserve(batch.rows.data()[s], slots_of(s));
     draft_->forward(*ctx_, pass_.batch(), pass, view<float, 2, B>(logits_.data(), {pass_.rows, shape_.vocab}));
     for (std::int32_t s = 0; s < batch.size; ++s) {
-      count_rows(s, batch.size, counts);
+      const decode_counts rows = rows_of(s, batch.size);
+      counts += rows;
+      sequences.at(batch.rows.data()[s]).counts += rows;
       cache_.advance(batch.rows.data()[s], slots_of(s));
     }
     if (records) note_weights(step, batch);
@@ -276,14 +278,15 @@ class drafter {
     }
   }
 
-  void count_rows(std::int32_t s, std::int32_t sequences, decode_counts& counts) const {
+  decode_counts rows_of(std::int32_t s, std::int32_t sequences) const {
+    decode_counts counts;
     const std::int32_t slots = slots_of(s);
-    if (slots == 0) return;
+    if (slots == 0) return counts;
     const std::int64_t all = pass_.kv_lens.data()[s] + slots;
     counts.draft_rows_dense += all * shape_.layers * shape_.kv_heads;
     if (!sparse_) {
       counts.draft_rows_read += all * shape_.layers * shape_.kv_heads;
-      return;
+      return counts;
     }
     const selection_view<B> kept = kept_view(sequences);
     for (std::int32_t layer = 0; layer < shape_.layers; ++layer) {
@@ -291,6 +294,7 @@ class drafter {
         counts.draft_rows_read += kept.counts[group(layer, s, h, sequences)] + slots;
       }
     }
+    return counts;
   }
 
   context<B>* ctx_;

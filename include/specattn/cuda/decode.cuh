@@ -1,0 +1,518 @@
+// The loop on the device: a round is one captured graph, launched once and waited for once.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <concepts>
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "../cost_model.hpp"
+#include "../decode.hpp"
+#include "captured_graph.cuh"
+#include "draft_guide.cuh"
+#include "drafter.cuh"
+#include "guide.cuh"
+
+namespace specattn::inline v0_1 {
+
+namespace detail {
+
+/// What a captured round depends on besides what it reads.
+struct round_key {
+  std::vector<std::int32_t> rows;  ///< cache rows, ascending
+  std::int32_t drafts = 0;
+  std::int32_t max_len = 0;  ///< of the texts
+  bool sparse = false;       ///< the guide decides what is read
+  bool sampled = false;      ///< some sequence is not greedy
+  friend bool operator==(const round_key&, const round_key&) = default;
+};
+
+/// Lengths are rounded up to one of eight steps in each doubling, so that a growing text is captured anew only then.
+inline std::int32_t length_bucket(std::int32_t length, std::int32_t most) {
+  std::int32_t step = 256;
+  while (step < most && length > 16 * step) step *= 2;
+  return (std::min)((length + step - 1) / step * step, most);
+}
+
+template <class G>
+concept device_guide = std::same_as<G, no_guide> || requires {
+  requires std::same_as<typename G::backend_type, cuda>;
+};
+
+}  // namespace detail
+
+/// The decoder of the CPU with these differences. A round (draft steps, importance, selection, verify pass, acceptance)
+/// is captured as a graph the first time its sequences, draft length and length bucket occur, launched as one, and
+/// step() waits for the stream once. All sequences of a round run as many draft steps as the one that drafts most; of
+/// the others, the steps beyond their own are not judged. Models get a forward_batch<cuda>.
+///
+/// Greedy text equals the CPU's up to ties of rounding. Not on cuda: refresh_every and score(). last_round()'s seconds are the device's, from events between the parts of a round.
+template <storage T, class Target, class Draft, class Guide>
+  requires language_model<Target, cuda> && language_model<Draft, cuda> && guide<Guide, T, cuda>
+class decoder<T, Target, Draft, Guide, cuda> {
+  static_assert(detail::device_guide<Guide>,
+                "this guide reads a round on the host; on cuda there are no_guide and draft_guide<cuda>");
+
+ public:
+  /// \throws contract_error for models that do not fit each other or the options, a stream that cannot be captured
+  /// \sync   waits for the device
+  decoder(context<cuda>& ctx, Target& target, Draft& draft, Guide& guide, const decode_options& options)
+      : ctx_(&ctx), target_(&target), guide_(&guide), options_(options), shape_(target.shape()) {
+    detail::expects(ctx.stream() != nullptr,
+                    "decode: the default stream cannot be captured; give the context another");
+    detail::expects(options.refresh_every == 0, "decode: refresh_every ", options.refresh_every,
+                    "; there is no refresh on cuda");
+    sizes_ = detail::decode_sizes(shape_, draft.shape(), options_);
+    detail::check_decode(shape_, draft.shape(), options_, sizes_);
+    options_.prefill_chunk = (std::min)(options_.prefill_chunk, shape_.max_slots);
+    if (options_.draft_length > 0)
+      options_.prefill_chunk = (std::min)(options_.prefill_chunk, draft.shape().max_slots);
+    needs_ = guide.needs();
+    if (options_.adaptive && options_.draft_length > 0) {
+      planner_.emplace(double(shape_.layers) * shape_.kv_heads, double(draft.shape().layers) * draft.shape().kv_heads,
+                       options_.draft_length, guided);
+    }
+    cache_ = kv_cache<T, cuda>(sizes_.target_cache);
+    if (options_.draft_length > 0) drafter_.emplace(draft, options_, sizes_, needs_.draft_weights);
+    guide_->prepare({shape_, options_.draft_length > 0 ? draft.shape() : model_shape{}, sizes_.sequences,
+                     sizes_.positions, sizes_.verify_slots, sizes_.recorded_rows});
+    allocate();
+  }
+
+  /// Admits a sequence and prefills its prompt, as the cpu does. \sync queued; nothing is waited for
+  template <class Progress>
+  std::int32_t add(const decode_request& request, Progress&& progress) {
+    const std::int32_t row = take_row(request);
+    const auto length = static_cast<std::int32_t>(request.prompt.size());
+    for (std::int32_t from = 0; from < length - 1; from += options_.prefill_chunk) {
+      const std::int32_t to = (std::min)(from + options_.prefill_chunk, length - 1);
+      prefill(*target_, cache_, row, from, to);
+      if (drafter_) prefill(drafter_->model(), drafter_->cache(), row, from, to);
+      progress(to, length - 1);
+    }
+    sequences_.at(row).active = true;
+    return row;
+  }
+  std::int32_t add(const decode_request& request) {
+    return add(request, [](std::int32_t, std::int32_t) {});
+  }
+
+  /// Admits a sequence whose prompt the caller has computed elsewhere: before the next step(), the keys and values of all
+  /// its tokens but the last must stand in the returned row of target_cache() and draft_cache().
+  std::int32_t add_cached(const decode_request& request) {
+    const std::int32_t row = take_row(request);
+    const auto cached = static_cast<std::int32_t>(request.prompt.size()) - 1;
+    const auto hold = [&](kv_cache<T, cuda>& cache) {
+      cache.reserve(row, cached);
+      cache.advance(row, cached);
+      cache.publish(*ctx_);
+    };
+    hold(cache_);
+    if (drafter_) hold(drafter_->cache());
+    sequences_.at(row).active = true;
+    return row;
+  }
+
+  /// Starts a row over from its prompt under another request; nothing is prefilled again.
+  void rewind(std::int32_t row, const decode_request& request) {
+    sequences_.rewind(row, request);
+    const std::int32_t cached = sequences_.at(row).prompt_length - 1;
+    cache_.roll_back(row, cached);
+    if (drafter_) drafter_->cache().roll_back(row, (std::min)(drafter_->cache().length(row), cached));
+    fresh_[static_cast<std::size_t>(row)] = 1;
+  }
+
+  /// Runs one round for every running sequence; see the cpu's. \sync waits for the stream
+  template <class OnTokens>
+  bool step(OnTokens&& on_tokens) {
+    if (!choose_round()) return false;
+    prepare_round();
+    find_graph().launch(ctx_->stream());
+    detail::check_cuda(cudaStreamSynchronize(ctx_->stream()), "decode: round");
+    check_tokens_drawn();
+    trace_ = {};
+    trace_.sequences = static_cast<std::int32_t>(key_.rows.size());
+    trace_.draft_seconds = marks_[1].seconds_since(marks_[0]);
+    trace_.guide_seconds = marks_[2].seconds_since(marks_[1]) + marks_[5].seconds_since(marks_[4]);
+    trace_.verify_seconds = marks_[3].seconds_since(marks_[2]);
+    trace_.accept_seconds = marks_[4].seconds_since(marks_[3]);
+    bool running = false;
+    for (std::int32_t s = 0; s < trace_.sequences; ++s) running = settle(s, on_tokens) || running;
+    if (planner_) planner_->learn(trace_, kv_len_);
+    return running;
+  }
+
+  /// Frees a row and its cached positions.
+  void remove(std::int32_t row) {
+    static_cast<void>(sequences_.at(row));  // refuses a row that is none
+    cache_.clear(row);
+    if (drafter_) drafter_->cache().clear(row);
+    sequences_.free_row(row);
+  }
+
+  /// Forgets the captured rounds, as a change of the guide's rule asks for.
+  void recapture() { graphs_.clear(); }
+
+  std::span<const std::int32_t> text(std::int32_t row) const { return sequences_.at(row).text; }
+  finish_reason finish(std::int32_t row) const { return sequences_.at(row).finish; }
+  const decode_counts& counts(std::int32_t row) const { return sequences_.at(row).counts; }
+  const round_trace& last_round() const { return trace_; }
+  const decode_options& options() const { return options_; }
+  /// What adaptive rounds have learnt of costs; null where the options are not adaptive.
+  const round_planner* planner() const { return planner_ ? &*planner_ : nullptr; }
+  const kv_cache<T, cuda>& target_cache() const { return cache_; }
+  /// \pre there is a draft
+  const kv_cache<T, cuda>& draft_cache() const { return drafter_->cache(); }
+
+ private:
+  static constexpr bool guided = !std::same_as<Guide, no_guide>;
+  static constexpr std::size_t most_graphs = 32;
+
+  void allocate() {
+    sequences_ = detail::sequence_table(sizes_, shape_.vocab, options_.draft_length);
+    const auto rows = static_cast<std::size_t>(sizes_.sequences);
+    fresh_.assign(rows, 1);
+    memory_ = detail::round_memory(sizes_.sequences, options_.draft_length);
+    input_ = detail::pinned_buffer<detail::sequence_input>(rows);
+    samplers_ = detail::pinned_buffer<sampler_options>(rows);
+    output_ = detail::pinned_buffer<detail::sequence_output>(rows);
+    drafted_ = detail::pinned_buffer<std::int32_t>(rows * static_cast<std::size_t>(options_.draft_length));
+    prefill_host_.resize(2 * static_cast<std::size_t>(options_.prefill_chunk) + 4);
+    prefill_ = buffer<std::int32_t, cuda>(prefill_host_.size());
+    if (guided) kept_ = selection<cuda>(sizes_.target_groups, sizes_.positions);
+    if (needs_.target_weights) weights_ = buffer<float, cuda>(sizes_.target_weights);
+    const auto vocab = static_cast<std::size_t>(shape_.vocab);
+    logits_ = buffer<float, cuda>(static_cast<std::size_t>(sizes_.judged) * vocab);
+    probabilities_ = buffer<float, cuda>(rows * static_cast<std::size_t>(options_.draft_length) * vocab);
+    const std::int32_t slots = (std::max)(sizes_.verify_slots, options_.prefill_chunk);
+    const attend_shape pass{sizes_.sequences, slots,           shape_.q_heads,
+                            shape_.kv_heads,  shape_.head_dim, sizes_.positions};
+    std::size_t need = (std::max)({attend_workspace_bytes(*ctx_, pass), guide_->workspace_bytes(*ctx_),
+                                   verify_workspace_bytes(*ctx_, sizes_.judged, shape_.vocab)});
+    if (drafter_) need = (std::max)(need, drafter_->workspace_bytes(*ctx_, sizes_.sequences));
+    ctx_->reserve_workspace(need);
+    workspace_bytes_ = ctx_->workspace_bytes();
+  }
+
+  std::int32_t take_row(const decode_request& request) {
+    const std::int32_t row = sequences_.take_row(request);
+    fresh_[static_cast<std::size_t>(row)] = 1;
+    return row;
+  }
+
+  /// Caches tokens [from, to) of a row's text.
+  template <class Model>
+  void prefill(Model& model, kv_cache<T, cuda>& cache, std::int32_t row, std::int32_t from, std::int32_t to) {
+    const std::int32_t count = to - from;
+    std::int32_t* at = prefill_host_.data();
+    at = std::copy_n(sequences_.at(row).text.data() + from, count, at);
+    for (std::int32_t position = from; position < to; ++position) *at++ = position;
+    for (const std::int32_t number : {0, count, cache.length(row), row}) *at++ = number;
+    cache.reserve(row, count);
+    cache.publish(*ctx_);
+    std::int32_t* const device = prefill_.data();
+    detail::check_cuda(cudaMemcpyAsync(device, prefill_host_.data(), (2 * static_cast<std::size_t>(count) + 4) * 4,
+                                       cudaMemcpyHostToDevice, ctx_->stream()),
+                       "decode: prefill");
+    const pass_layout<cuda> layout{
+        {device + 2 * count, {2}}, {device + 2 * count + 2, {1}}, {device + 2 * count + 3, {1}}};
+    attention_pass<T, cuda> pass(*ctx_, cache, layout);
+    const forward_batch<cuda> batch{{device, {count}}, {device + count, {count}}, {device, {0}}};
+    model.forward(*ctx_, batch, pass, view<float, 2, cuda>(logits_.data(), {0, shape_.vocab}));
+    cache.advance(row, count);
+  }
+
+  /// Tokens that a sequence would draft: no further than its limit.
+  static std::int32_t wanted_of(const detail::sequence_state& seq) {
+    const auto length = static_cast<std::int32_t>(seq.text.size());
+    return (std::min)(seq.draft_length, seq.max_new_tokens - (length - seq.prompt_length) - 1);
+  }
+
+  /// Who runs, how far, and how. Returns whether anybody does.
+  bool choose_round() {
+    key_ = {};
+    std::int32_t most_wanted = 0, room = sizes_.positions, longest = 0;
+    double cached = 0.0;
+    bool all_dense = true;
+    for (std::int32_t row = 0; row < sizes_.sequences; ++row) {
+      if (!sequences_.runs(row)) continue;
+      const detail::sequence_state& seq = sequences_.at(row);
+      const auto length = static_cast<std::int32_t>(seq.text.size());
+      key_.rows.push_back(row);
+      key_.sampled = key_.sampled || !seq.sampler.greedy();
+      most_wanted = (std::max)(most_wanted, wanted_of(seq));
+      room = (std::min)(room, sizes_.positions - length);
+      longest = (std::max)(longest, length);
+      cached += length;
+      all_dense = all_dense && length - 1 < options_.min_context;
+    }
+    if (key_.rows.empty()) return false;
+    key_.drafts = (std::min)(most_wanted, room);
+    key_.sparse = guided && !all_dense;
+    if (planner_) {
+      kv_len_ = cached / static_cast<double>(key_.rows.size());
+      const round_setting setting = planner_->choose(static_cast<double>(key_.rows.size()), kv_len_);
+      key_.drafts = (std::min)(key_.drafts, setting.draft_length);
+      key_.sparse = key_.sparse && setting.sparse;
+    }
+    key_.sparse = key_.sparse && (key_.drafts > 0 || !needs_.draft_weights);
+    key_.max_len = detail::length_bucket(longest, sizes_.positions);
+    return true;
+  }
+
+  /// Brings the draft's cache to within two tokens of each text, makes room, and tells the device what it must know.
+  void prepare_round() {
+    for (std::size_t s = 0; s < key_.rows.size(); ++s) {
+      const std::int32_t row = key_.rows[s];
+      const detail::sequence_state& seq = sequences_.at(row);
+      const auto length = static_cast<std::int32_t>(seq.text.size());
+      std::int32_t draft_cached = length - 1;
+      if (key_.drafts > 0) {
+        kv_cache<T, cuda>& cache = drafter_->cache();
+        while (length - cache.length(row) > 2) {
+          const std::int32_t from = cache.length(row);
+          prefill(drafter_->model(), cache, row, from, (std::min)(length - 1, from + options_.prefill_chunk));
+        }
+        draft_cached = cache.length(row);
+        cache.reserve(row, length - draft_cached + key_.drafts - 1);
+      }
+      cache_.reserve(row, key_.drafts + 1);
+      const std::int32_t* const end = seq.text.data() + length;
+      const std::int32_t drafts = (std::min)(wanted_of(seq), key_.drafts);
+      const bool dense = length - 1 < options_.min_context || drafts == 0;
+      input_[s] = {.cache_row = row,
+                   .text_len = length,
+                   .draft_cached = draft_cached,
+                   .last_but_one = length > 1 ? end[-2] : 0,
+                   .last = end[-1],
+                   .fresh = fresh_[static_cast<std::size_t>(row)],
+                   .dense = dense ? 1 : 0,
+                   .drafts = drafts};
+      samplers_[s] = seq.sampler;
+    }
+    cache_.publish(*ctx_);
+    if (drafter_) drafter_->cache().publish(*ctx_);
+  }
+
+  const detail::captured_graph& find_graph() {
+    if (workspace_bytes_ != ctx_->workspace_bytes()) recapture();  // it has moved
+    workspace_bytes_ = ctx_->workspace_bytes();
+    for (const auto& [key, graph] : graphs_) {
+      if (key == key_) return graph;
+    }
+    if (graphs_.size() == most_graphs) graphs_.erase(graphs_.begin());
+    graphs_.emplace_back(key_, detail::captured_graph(ctx_->stream(), [&] { queue_round(); }));
+    return graphs_.back().second;
+  }
+
+  void queue_round() {
+    const auto n = static_cast<std::int32_t>(key_.rows.size());
+    const detail::round_arrays round = memory_.arrays(n, key_.drafts);
+    round_state<T, cuda> state = state_of(round);
+    mark(0);
+    copy(memory_.input(), input_.data(), key_.rows.size());
+    copy(memory_.samplers(), samplers_.data(), key_.rows.size());
+    start_layout(detail::begin_round_kernel, round);
+    view<float, 3, cuda> probabilities;
+    if (key_.sampled) probabilities = {probabilities_.data(), {n, key_.drafts, shape_.vocab}};
+    if (key_.drafts > 0) {
+      drafter_->queue(*ctx_, round, key_.max_len, probabilities);
+      start_layout(detail::take_drafted_kernel, round);
+      if (key_.sampled) {
+        detail::start_kernel(*ctx_, detail::clear_undrafted_kernel, dim3(static_cast<unsigned>(n * key_.drafts)),
+                             detail::layout_threads, detail::undrafted_launch{round, probabilities}, "decode");
+      }
+    }
+    mark(1);
+    const detail::kept_launch lists = lists_of(round, state);
+    if (key_.sparse) choose_rows(state, lists);
+    mark(2);
+    run_target(round, state);
+    mark(3);
+    judge(round);
+    detail::start_kernel(*ctx_, detail::report_kernel, dim3(static_cast<unsigned>(n)), 32, lists, "decode");
+    copy(output_.data(), round.output, key_.rows.size());
+    copy(drafted_.data(), round.drafted, key_.rows.size() * static_cast<std::size_t>(key_.drafts));
+    mark(4);
+    if constexpr (guided) {
+      if (key_.sparse) guide_->after_verify(*ctx_, state);
+    }
+    mark(5);
+  }
+
+  void choose_rows(round_state<T, cuda>& state, const detail::kept_launch& lists) {
+    if constexpr (guided) {
+      guide_->before_verify(*ctx_, state);
+      const dim3 grid(detail::blocks_of(state.kept.groups(), detail::record_threads));
+      detail::start_kernel(*ctx_, detail::keep_dense_kernel, grid, detail::record_threads, lists, "decode");
+    }
+  }
+
+  round_state<T, cuda> state_of(const detail::round_arrays& round) const {
+    const std::int32_t n = round.sequences;
+    round_state<T, cuda> state;
+    state.cache_rows = key_.rows;
+    state.max_kv_len = key_.max_len;
+    state.slots = round.slots();
+    state.rows = {round.cache_rows, {n}};
+    state.kv_lens = {round.prefix_lens, {n}};
+    state.fresh = {round.fresh, {n}};
+    state.accepted = {round.accepted, {n}};
+    state.layers = shape_.layers;
+    state.kv_heads = shape_.kv_heads;
+    if (!key_.sparse) return state;
+    state.draft_weights = drafter_->weights(round);
+    state.draft_masses = drafter_->masses(round);
+    if (needs_.target_weights) {
+      state.target_weights = view<const float, 4, cuda>(
+          weights_.data(), {shape_.layers, n * round.slots(), shape_.q_heads, sizes_.recording_capacity});
+    }
+    state.kept = kept_.view().slice(0, std::ptrdiff_t{shape_.layers} * n * shape_.kv_heads);
+    return state;
+  }
+
+  detail::kept_launch lists_of(const detail::round_arrays& round, const round_state<T, cuda>& state) const {
+    detail::kept_launch lists{.round = round,
+                              .kept = state.kept,
+                              .own = {},
+                              .layers = shape_.layers,
+                              .kv_heads = shape_.kv_heads,
+                              .dense_layers = options_.dense_layers,
+                              .own_layers = 0,
+                              .own_kv_heads = 0};
+    if (!drafter_) return lists;
+    lists.own = drafter_->lists(round);
+    lists.own_layers = drafter_->shape().layers;
+    lists.own_kv_heads = drafter_->shape().kv_heads;
+    return lists;
+  }
+
+  void run_target(const detail::round_arrays& round, const round_state<T, cuda>& state) {
+    attention_pass<T, cuda> pass(*ctx_, cache_, detail::verify_layout(round));
+    if (key_.sparse) pass.guide_by(state.kept);
+    if (!state.target_weights.empty())
+      pass.record({weights_.data(), state.target_weights.extents()}, record_slots::all);
+    target_->forward(*ctx_, detail::verify_slots(round), pass,
+                     logits_.shaped({round.sequences * round.slots(), shape_.vocab}));
+  }
+
+  void judge(const detail::round_arrays& round) {
+    const std::int32_t n = round.sequences, drafted = n * round.drafts;
+    verify_args<cuda> args;
+    args.target_logits = logits_.shaped({n * round.slots(), shape_.vocab});
+    if (key_.sampled) args.draft_probabilities = view<float, 2, cuda>(probabilities_.data(), {drafted, shape_.vocab});
+    args.drafted = {round.drafted, {drafted}};
+    args.slot_offsets = {round.offsets, {n + 1}};
+    args.samplers = {round.samplers, {n}};
+    args.positions = {round.text_lens, {n}};
+    args.accepted = {round.accepted, {n}};
+    args.next_token = {round.next, {n}};
+    verify(*ctx_, args);
+  }
+
+  void mark(std::size_t i) const { marks_[i].record(ctx_->stream()); }
+  template <class Element>
+  void copy(Element* to, const Element* from, std::size_t count) const {
+    if (count == 0) return;
+    detail::check_cuda(cudaMemcpyAsync(to, from, count * sizeof(Element), cudaMemcpyDefault, ctx_->stream()),
+                       "decode");
+  }
+  void start_layout(void (*kernel)(detail::round_arrays), const detail::round_arrays& round) const {
+    detail::start_kernel(*ctx_, kernel, dim3(1), detail::layout_threads, round, "decode");
+  }
+
+  /// Before anything of a round is taken over.
+  void check_tokens_drawn() const {
+    for (std::size_t s = 0; s < key_.rows.size(); ++s) {
+      const auto length = sequences_.at(key_.rows[s]).text.size();
+      detail::expects(output_[s].undrafted == 0, "decode: the draft's logits behind position ", length - 1,
+                      " of row ", key_.rows[s], " hold no finite value");
+      detail::expects(output_[s].next != no_token, "decode: the target's logits for position ",
+                      length + static_cast<std::size_t>(output_[s].accepted), " of row ", key_.rows[s],
+                      " hold no finite value");
+    }
+  }
+
+  /// Rows that the round read for one sequence.
+  decode_counts rows_of(std::int32_t s, std::int32_t length) const {
+    const detail::sequence_output& out = output_[static_cast<std::size_t>(s)];
+    const std::int64_t a_position = std::int64_t{shape_.layers} * shape_.kv_heads;
+    decode_counts counts;
+    counts.kv_rows_read = out.rows_read;
+    counts.kv_rows_dense = a_position * (length + input_[static_cast<std::size_t>(s)].drafts);
+    counts.dense_rounds = out.dense;
+    if (key_.drafts == 0) return counts;
+    const std::int64_t drafts = key_.drafts, growth = drafts * (drafts - 1) / 2;
+    const std::int64_t a_draft_position = std::int64_t{drafter_->shape().layers} * drafter_->shape().kv_heads;
+    counts.draft_rows_dense = a_draft_position * (drafts * length + growth);
+    counts.draft_rows_read = counts.draft_rows_dense;
+    if (options_.sparse_draft && drafts > 1) {
+      const std::int64_t kept = out.draft_kept - (drafts - 1) * a_draft_position;  // before the lists grew
+      counts.draft_rows_read = a_draft_position * (length + growth) + (drafts - 1) * kept;
+    }
+    return counts;
+  }
+
+  /// Appends what was decided, rolls both caches back, tells the caller.
+  template <class OnTokens>
+  bool settle(std::int32_t s, OnTokens& on_tokens) {
+    const std::int32_t row = key_.rows[static_cast<std::size_t>(s)];
+    detail::sequence_state& seq = sequences_.at(row);
+    const auto before = static_cast<std::int32_t>(seq.text.size());
+    const detail::sequence_output& out = output_[static_cast<std::size_t>(s)];
+    const std::span<const std::int32_t> drafted(drafted_.data() + std::ptrdiff_t{s} * key_.drafts,
+                                                static_cast<std::size_t>(input_[static_cast<std::size_t>(s)].drafts));
+    decode_counts counts = detail::take_tokens(seq, drafted, out.accepted, out.next);
+    counts += rows_of(s, before);
+    seq.counts += counts;
+    trace_.counts += counts;
+    const auto length = static_cast<std::int32_t>(seq.text.size());
+    cache_.advance(row, key_.drafts + 1);
+    cache_.roll_back(row, length - 1);
+    if (key_.drafts > 0) {
+      kv_cache<T, cuda>& cache = drafter_->cache();
+      cache.advance(row, before - cache.length(row) + key_.drafts - 1);
+      cache.roll_back(row, (std::min)(cache.length(row), length - 1));
+    }
+    if (key_.sparse) fresh_[static_cast<std::size_t>(row)] = 0;
+    const std::span<const std::int32_t> emitted(seq.text.data() + before, static_cast<std::size_t>(length - before));
+    if (!on_tokens(row, emitted) && seq.finish == finish_reason::running) seq.finish = finish_reason::cancelled;
+    return seq.finish == finish_reason::running;
+  }
+
+  context<cuda>* ctx_;
+  Target* target_;
+  Guide* guide_;
+  decode_options options_;
+  model_shape shape_;
+  detail::decode_sizes sizes_;
+  guide_needs needs_;
+  kv_cache<T, cuda> cache_;
+  std::optional<detail::device_drafter<T, Draft>> drafter_;
+  detail::sequence_table sequences_;
+  std::vector<std::int32_t> fresh_;  // [rows] 1: no guided round yet
+  std::optional<round_planner> planner_;
+  double kv_len_ = 0.0;  // of the round, for the planner
+  detail::round_key key_;
+  std::vector<std::pair<detail::round_key, detail::captured_graph>> graphs_;
+  std::size_t workspace_bytes_ = 0;  // when they were captured
+  detail::round_memory memory_;
+  detail::pinned_buffer<detail::sequence_input> input_;
+  detail::pinned_buffer<sampler_options> samplers_;
+  detail::pinned_buffer<detail::sequence_output> output_;
+  detail::pinned_buffer<std::int32_t> drafted_;
+  std::vector<std::int32_t> prefill_host_;
+  buffer<std::int32_t, cuda> prefill_;
+  selection<cuda> kept_;
+  buffer<float, cuda> weights_, logits_, probabilities_;
+  detail::timing_event marks_[6];
+  round_trace trace_;
+};
+
+}  // namespace specattn::inline v0_1

@@ -1,0 +1,161 @@
+// draft_guide on the device: everything is queued, nothing is read back, and a captured round follows its lengths.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../draft_guide.hpp"
+#include "context.cuh"
+#include "guide.cuh"
+#include "importance.cuh"
+#include "launch.cuh"
+#include "select.cuh"
+
+namespace specattn::inline v0_1 {
+
+namespace detail {
+
+inline constexpr int guide_threads = 256;
+
+/// The length of every group's prefix. A sequence that is new in its cache row loses the history found there.
+struct group_lengths_launch {
+  view<const std::int32_t, 1, cuda> kv_lens, fresh;  // [sequences]
+  std::int32_t layers, kv_heads;
+  std::int32_t* lengths;         // [layers, sequences, kv_heads]
+  std::int32_t* history_counts;  // [cache rows, groups]; null: no history
+  view<const std::int32_t, 1, cuda> cache_rows;
+};
+
+static __global__ void __launch_bounds__(guide_threads)
+    group_lengths_kernel(const __grid_constant__ group_lengths_launch launch) {
+  const auto sequences = static_cast<std::int32_t>(launch.kv_lens.extent(0));
+  const std::int32_t a_layer = sequences * launch.kv_heads;
+  const auto i = static_cast<std::int32_t>(blockIdx.x * guide_threads + threadIdx.x);
+  if (i >= launch.layers * a_layer) return;
+  const std::int32_t layer = i / a_layer, s = i % a_layer / launch.kv_heads, head = i % launch.kv_heads;
+  launch.lengths[i] = launch.kv_lens[s];
+  if (launch.history_counts == nullptr || launch.fresh[s] == 0) return;
+  const std::ptrdiff_t groups = std::ptrdiff_t{launch.layers} * launch.kv_heads;
+  launch.history_counts[launch.cache_rows[s] * groups + layer * launch.kv_heads + head] = 0;
+}
+
+/// The mean over a round's emitted slots and a group's heads of what they attended to, for the next round.
+struct history_launch {
+  view<const float, 4, cuda> weights;  // [layers, slots, q_heads, capacity]
+  selection_view<cuda> kept;
+  view<const std::int32_t, 1, cuda> kv_lens, accepted, cache_rows;
+  std::int32_t slots, kv_heads;
+  float* out_weights;  // [cache rows, groups, capacity]
+  std::int32_t* out_positions;
+  std::int32_t* out_counts;
+  std::ptrdiff_t capacity;
+};
+
+/// blockIdx.x: a (layer, kv head); y: a sequence.
+static __global__ void __launch_bounds__(guide_threads) remember_kernel(const __grid_constant__ history_launch launch) {
+  const auto s = static_cast<std::int32_t>(blockIdx.y), sequences = static_cast<std::int32_t>(gridDim.y);
+  const auto group = static_cast<std::int32_t>(blockIdx.x);
+  const std::int32_t layer = group / launch.kv_heads, head = group % launch.kv_heads;
+  const std::int32_t kv_len = launch.kv_lens[s], used = launch.accepted[s] + 1;
+  const std::ptrdiff_t list = (std::ptrdiff_t{layer} * sequences + s) * launch.kv_heads + head;
+  const std::int32_t count = launch.kept.counts[list];
+  const std::int32_t attended = count == keep_all ? kv_len : count;
+  const auto heads = static_cast<std::int32_t>(launch.weights.extent(2)) / launch.kv_heads;
+  const std::ptrdiff_t row = std::ptrdiff_t{launch.cache_rows[s]} * gridDim.x + group;
+  const float share = 1.0f / static_cast<float>(used * heads);
+  for (auto i = static_cast<std::int32_t>(threadIdx.x); i < attended + used; i += guide_threads) {
+    float sum = 0.0f;
+    for (std::int32_t j = i < attended ? 0 : i - attended; j < used; ++j) {
+      for (std::int32_t q = 0; q < heads; ++q)
+        sum += launch.weights(layer, s * launch.slots + j, head * heads + q, i);
+    }
+    launch.out_weights[row * launch.capacity + i] = sum * share;
+    if (count != keep_all) {
+      launch.out_positions[row * launch.capacity + i] =
+          i < count ? launch.kept.positions(list, i) : kv_len + i - count;
+    }
+  }
+  if (threadIdx.x == 0) launch.out_counts[row] = count == keep_all ? keep_all : count + used;
+}
+
+}  // namespace detail
+
+/// See draft_guide. With a rule that unites, each recorded step is selected from; any other averages them first.
+/// History costs a recording of every slot of the verify pass.
+template <>
+class draft_guide<cuda> : public detail::draft_guide_memory<cuda> {
+ public:
+  draft_guide() = default;
+  /// Uploads the mixture, waiting for the device. \throws contract_error when the alignment is inconsistent
+  draft_guide(const alignment& from, const selection_rule& rule) : draft_guide_memory(from, rule) {}
+
+  template <storage T>
+  void before_verify(context<cuda>& ctx, round_state<T, cuda>& round) {
+    const std::int32_t sequences = round.sequences();
+    const std::ptrdiff_t lists = std::ptrdiff_t{groups_} * sequences;
+    const std::ptrdiff_t steps = max_rows_ > 1 ? round.draft_weights.extent(0) : 1;
+    find_lengths(ctx, round);
+    const view<float, 3, cuda> out(importance_.data(), {lists, steps, round.max_kv_len});
+    for (std::int32_t s = 0; s < sequences; ++s) weigh(ctx, round, s, out);
+    importance<float, cuda> from;
+    from.weights = out;
+    from.kv_lens = lengths_.shaped({lists});
+    select(ctx, from, rule_for(steps), round.kept);
+  }
+
+  template <storage T>
+  void after_verify(context<cuda>& ctx, round_state<T, cuda>& round) {
+    if (!mixture_.signals.history) return;
+    const detail::history_launch launch{round.target_weights,
+                                        round.kept,
+                                        round.kv_lens,
+                                        round.accepted,
+                                        round.rows,
+                                        round.slots,
+                                        round.kv_heads,
+                                        history_weights_.data(),
+                                        history_positions_.data(),
+                                        history_counts_.data(),
+                                        max_positions_};
+    const dim3 grid(static_cast<unsigned>(groups_), static_cast<unsigned>(round.sequences()));
+    detail::start_kernel(ctx, detail::remember_kernel, grid, detail::guide_threads, launch, "draft_guide");
+  }
+
+ private:
+  template <storage T>
+  void find_lengths(context<cuda>& ctx, const round_state<T, cuda>& round) {
+    const detail::group_lengths_launch launch{round.kv_lens,  round.fresh,     round.layers,
+                                              round.kv_heads, lengths_.data(), history_counts_.data(),
+                                              round.rows};
+    const std::ptrdiff_t lists = std::ptrdiff_t{groups_} * round.sequences();
+    const dim3 grid(static_cast<unsigned>((lists - 1) / detail::guide_threads + 1));
+    detail::start_kernel(ctx, detail::group_lengths_kernel, grid, detail::guide_threads, launch, "draft_guide");
+  }
+
+  /// The importance of one sequence, whose groups lie sequences * kv_heads apart from layer to layer.
+  template <storage T>
+  void weigh(context<cuda>& ctx, const round_state<T, cuda>& round, std::int32_t s, view<float, 3, cuda> out) {
+    const auto& weights = round.draft_weights;
+    const auto& masses = round.draft_masses;
+    importance_args<cuda> args;
+    args.draft_weights = {weights.data() + s * weights.stride(2),
+                          {weights.extent(0), weights.extent(1), weights.extent(3), weights.extent(4)},
+                          {weights.stride(0), weights.stride(1), weights.stride(3), weights.stride(4)}};
+    args.masses = {masses.data() + s * masses.stride(2),
+                   {masses.extent(0), masses.extent(1), masses.extent(3)},
+                   {masses.stride(0), masses.stride(1), masses.stride(3)}};
+    args.history = history_of(round.cache_rows[static_cast<std::size_t>(s)]);
+    args.kv_len = round.max_kv_len;
+    args.length = round.kv_lens.slice(s, 1);
+    args.separate_steps = out.extent(1) > 1;
+    const std::ptrdiff_t group_stride = out.stride(0);
+    args.out = {out.data() + s * target_kv_heads_ * group_stride,
+                {target_layers_, target_kv_heads_, out.extent(1), out.extent(2)},
+                {round.sequences() * target_kv_heads_ * group_stride, group_stride, out.stride(1), 1}};
+    mix_importance(ctx, mixture_, args);
+  }
+};
+
+}  // namespace specattn::inline v0_1

@@ -1,0 +1,175 @@
+// The draft's half of a round on the device: queued as a whole, captured with the rest of the round.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "../attention_pass.hpp"
+#include "../decode_options.hpp"
+#include "../decode_state.hpp"
+#include "../kv_cache.hpp"
+#include "../model.hpp"
+#include "attend.cuh"
+#include "draft_record.cuh"
+#include "kv_cache.cuh"
+#include "round_layout.cuh"
+#include "select.cuh"
+#include "verify.cuh"
+
+namespace specattn::inline v0_1::detail {
+
+/// Used by decoder. Every sequence of a batch drafts the same number of tokens.
+template <storage T, class Draft>
+class device_drafter {
+ public:
+  device_drafter(Draft& draft, const decode_options& options, const decode_sizes& sizes, bool record)
+      : draft_(&draft),
+        options_(options),
+        shape_(draft.shape()),
+        steps_(sizes.steps),
+        rows_(sizes.recorded_rows),
+        capacity_(sizes.recording_capacity),
+        positions_(sizes.positions),
+        cache_(sizes.draft_cache),
+        record_(record || options.sparse_draft) {
+    const auto sequences = static_cast<std::size_t>(sizes.sequences);
+    if (record_) weights_ = buffer<float, cuda>(sizes.draft_weights);
+    if (record_) masses_ = buffer<float, cuda>(sequences * static_cast<std::size_t>(rows_ * heads()));
+    if (options.sparse_draft) {
+      kept_ = selection<cuda>(sizes.draft_groups, positions_);
+      lengths_ = buffer<std::int32_t, cuda>(static_cast<std::size_t>(sizes.draft_groups));
+    }
+    logits_ = buffer<float, cuda>(sequences * static_cast<std::size_t>(shape_.vocab));
+  }
+
+  std::size_t workspace_bytes(const context<cuda>& ctx, std::int32_t sequences) const {
+    const std::int32_t slots = (std::max)(options_.prefill_chunk, 2 * sequences);
+    std::size_t need = (std::max)(
+        attend_workspace_bytes(ctx, {sequences, slots, shape_.q_heads, shape_.kv_heads, shape_.head_dim, positions_}),
+        verify_workspace_bytes(ctx, sequences, shape_.vocab));
+    if (options_.sparse_draft) {
+      need = (std::max)(need, select_workspace_bytes(ctx, std::ptrdiff_t{shape_.layers} * sequences * shape_.kv_heads,
+                                                     group_heads(), positions_, options_.draft_rule));
+    }
+    return need;
+  }
+
+  Draft& model() { return *draft_; }
+  kv_cache<T, cuda>& cache() { return cache_; }
+  const kv_cache<T, cuda>& cache() const { return cache_; }
+  const model_shape& shape() const { return shape_; }
+
+  /// Queues a round's draft steps.
+  /// \param max_kv_len    no text of this round, or of its graph's replays, is longer
+  /// \param probabilities [sequences, drafts, vocab] what tokens are drawn from; empty: all are greedy
+  void queue(context<cuda>& ctx, const round_arrays& round, std::int32_t max_kv_len,
+             view<float, 3, cuda> probabilities) {
+    for (std::int32_t step = 0; step < round.drafts; ++step) {
+      start_kernel(ctx, draft_step_kernel, dim3(1), layout_threads, draft_step_launch{round, step}, "decode");
+      const bool sparse = options_.sparse_draft && step > 0;
+      attend_in(ctx, round, step, sparse);
+      draw(ctx, round, step, probabilities);
+      if (!record_) continue;
+      if (options_.sparse_draft && step == 0) {
+        note_masses(ctx, round, 1);
+        if (round.drafts > 1) select_own(ctx, round, max_kv_len);
+      } else if (sparse) {
+        take_sparse_step(ctx, round, step);
+      }
+    }
+    if (record_ && !options_.sparse_draft) note_masses(ctx, round, recorded(round));
+  }
+
+  /// [recorded steps, layers, sequences, q_heads, capacity] of a round; a sparse draft's steps are summed.
+  view<const float, 5, cuda> weights(const round_arrays& round) const {
+    if (!record_) return {};
+    return view<const float, 5, cuda>(weights_.data(),
+                                      {recorded(round), shape_.layers, round.sequences, shape_.q_heads, capacity_});
+  }
+  view<const float, 4, cuda> masses(const round_arrays& round) const {
+    if (!record_) return {};
+    return view<const float, 4, cuda>(masses_.data(),
+                                      {recorded(round), shape_.layers, round.sequences, shape_.q_heads});
+  }
+  /// A sparse draft's lists; empty where it is dense.
+  selection_view<cuda> lists(const round_arrays& round) const {
+    if (!options_.sparse_draft || round.drafts < 2) return {};
+    return kept_.view().slice(0, std::ptrdiff_t{shape_.layers} * round.sequences * shape_.kv_heads);
+  }
+
+ private:
+  std::int32_t heads() const { return shape_.layers * shape_.q_heads; }
+  std::int32_t group_heads() const { return shape_.q_heads / shape_.kv_heads; }
+  std::int32_t recorded(const round_arrays& round) const { return (std::min)(rows_, round.drafts); }
+  std::ptrdiff_t step_rows(const round_arrays& round) const { return std::ptrdiff_t{heads()} * round.sequences; }
+
+  void attend_in(context<cuda>& ctx, const round_arrays& round, std::int32_t step, bool sparse) {
+    attention_pass<T, cuda> pass(ctx, cache_, draft_layout(round));
+    if (record_ && step < steps_) {
+      const std::ptrdiff_t set = sparse ? rows_ : step;  // a sparse step's kept rows lie behind the others
+      pass.record({weights_.data() + set * step_rows(round) * capacity_,
+                   {shape_.layers, round.sequences, shape_.q_heads, capacity_}},
+                  record_slots::newest);
+    }
+    if (sparse) pass.guide_by(lists(round));
+    draft_->forward(ctx, draft_slots(round, step), pass, logits_.shaped({round.sequences, shape_.vocab}));
+  }
+
+  void draw(context<cuda>& ctx, const round_arrays& round, std::int32_t step, view<float, 3, cuda> probabilities) {
+    const std::ptrdiff_t n = round.sequences, vocab = shape_.vocab;
+    view<float, 2, cuda> drawn_from;
+    if (!probabilities.empty())
+      drawn_from = {probabilities.data() + step * vocab, {n, vocab}, {round.drafts * vocab, 1}};
+    sample<cuda>(ctx, logits_.shaped({n, vocab}), {round.samplers, {n}}, {round.drawn_at, {n}}, random_use::draft,
+                 drawn_from, {round.drafted + step, {n}, {round.drafts}});
+  }
+
+  void note_masses(context<cuda>& ctx, const round_arrays& round, std::int32_t steps) {
+    const masses_launch launch{round, weights_.data(), masses_.data(), step_rows(round),
+                               steps, capacity_,       shape_.q_heads};
+    start_kernel(ctx, masses_kernel, dim3(blocks_of(steps * step_rows(round), record_threads / 32)), record_threads,
+                 launch, "decode");
+  }
+
+  /// After the first step: what the others read, from its weights.
+  void select_own(context<cuda>& ctx, const round_arrays& round, std::int32_t max_kv_len) {
+    const std::ptrdiff_t groups = std::ptrdiff_t{shape_.layers} * round.sequences * shape_.kv_heads;
+    const own_lengths_launch lengths{round, lengths_.data(), static_cast<std::int32_t>(groups), shape_.kv_heads};
+    start_kernel(ctx, own_lengths_kernel, dim3(blocks_of(groups, record_threads)), record_threads, lengths, "decode");
+    importance<float, cuda> from;
+    from.weights = {weights_.data(), {groups, group_heads(), max_kv_len}, {group_heads() * capacity_, capacity_, 1}};
+    from.kv_lens = lengths_.shaped({groups});
+    select(ctx, from, options_.draft_rule, lists(round));
+  }
+
+  void take_sparse_step(context<cuda>& ctx, const round_arrays& round, std::int32_t step) {
+    const sparse_step_launch launch{
+        round,           step,           lists(round),     weights_.data() + rows_ * step_rows(round) * capacity_,
+        weights_.data(), masses_.data(), step_rows(round), capacity_,
+        shape_.q_heads,  shape_.kv_heads};
+    if (step < steps_) {
+      start_kernel(ctx, add_kept_kernel, dim3(static_cast<unsigned>(step_rows(round))), record_threads, launch,
+                   "decode");
+    }
+    start_kernel(ctx, extend_lists_kernel, dim3(blocks_of(launch.kept.groups(), record_threads)), record_threads,
+                 launch, "decode");
+  }
+
+  Draft* draft_;
+  decode_options options_;
+  model_shape shape_;
+  std::int32_t steps_;  // that guide a round
+  std::int32_t rows_;   // sets of weights they leave
+  std::ptrdiff_t capacity_;
+  std::int32_t positions_;
+  kv_cache<T, cuda> cache_;
+  bool record_;
+  buffer<float, cuda> weights_;  // [steps, layers, sequences, q_heads, capacity]
+  buffer<float, cuda> masses_;   // [steps, layers, sequences, q_heads]
+  selection<cuda> kept_;
+  buffer<std::int32_t, cuda> lengths_;
+  buffer<float, cuda> logits_;
+};
+
+}  // namespace specattn::inline v0_1::detail

@@ -1,0 +1,37 @@
+// A round as a guide sees it on the device.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+#include "../guide.hpp"
+#include "context.cuh"
+
+namespace specattn::inline v0_1 {
+
+/// What a captured round can rely on: which sequences take part is fixed, how long they are is read when the work runs.
+/// Sequences are in the order of the batch; groups of `kept` are (layer, sequence, kv head), layer slowest. Every
+/// sequence has `slots` slots in the verify pass, one after another.
+template <storage T>
+struct round_state<T, cuda> {
+  std::span<const std::int32_t> cache_rows;    ///< [sequences] identifies a sequence from round to round
+  std::int32_t max_kv_len = 0;                 ///< no prefix of this round, or of its graph's replays, is longer
+  std::int32_t slots = 1;                      ///< of each sequence in the verify pass
+  view<const std::int32_t, 1, cuda> rows;      ///< [sequences] cache_rows on the device
+  view<const std::int32_t, 1, cuda> kv_lens;   ///< [sequences] prefix of the verify pass
+  view<const std::int32_t, 1, cuda> fresh;     ///< [sequences] 1: the first round of what stands in this cache row
+  view<const std::int32_t, 1, cuda> accepted;  ///< [sequences] valid in after_verify
+  view<const float, 5, cuda> draft_weights;    ///< as on the cpu; every sequence has recorded every step
+  view<const float, 4, cuda> draft_masses;
+  view<const float, 4, cuda> target_weights;
+  selection_view<cuda> kept;  ///< [layers * sequences * kv_heads] the decision
+  std::int32_t layers = 0;
+  std::int32_t kv_heads = 0;
+
+  std::int32_t sequences() const { return static_cast<std::int32_t>(cache_rows.size()); }
+};
+
+}  // namespace specattn::inline v0_1
