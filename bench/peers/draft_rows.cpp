@@ -27,17 +27,17 @@ void forward(specattn::context<specattn::cpu>& ctx, mini_llm::llama& model, cach
 
 void write_rows(const char* book, const char* out, const std::filesystem::path& folder) {
   mini_llm::loaded_model loaded = mini_llm::load_model(folder);
-  const specattn::model_shape& shape = loaded.model.shape();
+  const specattn::model_shape& shape = loaded.model->shape();
   const std::int32_t total = (std::min)(4096, shape.max_positions);
   const auto tokens = mini_llm::read_texts({book}, loaded.words, total, total).front().tokens;
   specattn::context<specattn::cpu> ctx;
   cached_attention<float> attention(ctx, shape, total);
   const std::int32_t prefix = total - slots;
   for (std::int32_t at = 0; at < prefix; at += mini_llm::max_slots) {
-    forward(ctx, loaded.model, attention, tokens, at, (std::min)(mini_llm::max_slots, prefix - at));
+    forward(ctx, *loaded.model, attention, tokens, at, (std::min)(mini_llm::max_slots, prefix - at));
   }
   attention.record_all();
-  forward(ctx, loaded.model, attention, tokens, prefix, slots);
+  forward(ctx, *loaded.model, attention, tokens, prefix, slots);
 
   std::ofstream file(out, std::ios::binary);
   const std::int64_t head[] = {std::int64_t{shape.layers} * slots * shape.q_heads, prefix};

@@ -30,7 +30,7 @@ const auto no_progress = [](std::int32_t, std::int32_t) {};
 
 nlohmann::ordered_json to_json(const session& with, const bench_result& row) {
   nlohmann::ordered_json json{{"model", with.target->directory.filename().string()},
-                              {"weight_bytes", with.target->model.weight_bytes()},
+                              {"weight_bytes", with.target->model->weight_bytes()},
                               {"cache_type", name_of(with.kv)},
                               {"threads", with.ctx->threads()},
                               {"system", row.system},
@@ -69,7 +69,7 @@ class row_printer {
   void print_row(const bench_result& row) {
     const std::string model = with_->target->directory.filename().string();
     const std::string kv(name_of(with_->kv));
-    const std::size_t bytes = with_->target->model.weight_bytes();
+    const std::size_t bytes = with_->target->model->weight_bytes();
     if (format_ == "md") {
       const bool decoded = row.counts.rounds > 0;
       std::cout << print("| %s | %.1f | %s | %d | %s | %s | %.2f ± %.2f |", model.c_str(),
@@ -111,7 +111,7 @@ std::vector<tested_system> list_systems(session& with, const bench_options& opti
     guide.kind = parse_guide_kind(list.substr(from, end - from));
     if (!with.draft) throw input_error("bench: --guide needs a draft model (--model-draft)");
     if (guide.kind == guide_kind::draft || guide.kind == guide_kind::paper) {
-      const auto found = find_alignment(options.pair.alignment, *with.target, *with.draft);
+      const auto found = find_alignment(options.pair.alignment, with);
       if (!found) throw input_error("bench: no alignment of this pair; --alignment names one");
       guide.alignment = *found;
     }
@@ -166,7 +166,7 @@ bench_result measure_prefill(session& with, const bench_options& options, std::i
   specattn::decode_options decode = options.pair.decode;
   decode.draft_length = 0;
   decode.max_positions = tokens + 1;
-  const auto plain = make_engine(*with.ctx, with.target->model, nullptr, with.kv, with.guide, decode);
+  const auto plain = make_engine(*with.ctx, *with.target->model, nullptr, with.kv, with.guide, decode);
   // The last token of a prompt belongs to the first round, so one more is given than is read.
   const std::vector<std::int32_t> prompt = bench_tokens(with, static_cast<std::size_t>(tokens) + 1);
   for (std::int32_t i = -options.warm_ups; i < options.repetitions; ++i) {
@@ -193,7 +193,7 @@ bench_result measure_decode(session& with, const bench_options& options, const g
     row.system = print("%s γ %d", guide.kind == guide_kind::none ? "dense" : std::string(name_of(guide.kind)).c_str(),
                        draft_length);
   }
-  const auto decoder = make_engine(*with.ctx, with.target->model, draft_length > 0 ? with.draft_model() : nullptr,
+  const auto decoder = make_engine(*with.ctx, *with.target->model, draft_length > 0 ? with.draft_model() : nullptr,
                                    with.kv, guide, decode);
   const std::vector<std::int32_t> prompt = bench_tokens(with, static_cast<std::size_t>(depth) + 1);
   const specattn::decode_request request{.prompt = prompt, .max_new_tokens = tokens};
@@ -218,7 +218,7 @@ void run_bench(const bench_options& options) {
   pair.guide = "none";
   session with = open_session(pair);
   with.guide.rule = pair.rule;
-  const std::int32_t limit = with.target->model.shape().max_positions - 1;
+  const std::int32_t limit = with.target->model->shape().max_positions - 1;
   const auto prompts = parse_integers(options.prompts, "--n-prompt", 0, limit);
   const auto lengths = parse_integers(options.generate, "--n-gen", 0, limit);
   const auto depths = parse_integers(options.depths, "--n-depth", 0, limit);

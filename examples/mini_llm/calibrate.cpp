@@ -22,7 +22,7 @@ specattn::calibration calibrate_as(session& with, const std::vector<token_text>&
                                    const specattn::calibration_options& options) {
   std::size_t longest = 0;
   for (const token_text& text : texts) longest = (std::max)(longest, text.tokens.size());
-  specattn::calibrator<T, llama, llama> reading(*with.ctx, with.target->model, with.draft->model, options,
+  specattn::calibrator<T, llama, llama> reading(*with.ctx, *with.target->model, *with.draft->model, options,
                                                 static_cast<std::int32_t>(longest));
   progress_line progress(std::cerr);
   for (const token_text& text : texts) {
@@ -32,8 +32,8 @@ specattn::calibration calibrate_as(session& with, const std::vector<token_text>&
   }
   progress.show("fitting");
   specattn::calibration made = reading.fit();
-  made.fitted.target = with.target->model.fingerprint();
-  made.fitted.draft = with.draft->model.fingerprint();
+  made.fitted.target = with.target->model->fingerprint();
+  made.fitted.draft = with.draft->model->fingerprint();
   return made;
 }
 
@@ -45,7 +45,7 @@ token_text sample_text(session& with, std::int32_t tokens, std::int64_t seed) {
   specattn::decode_options options;
   options.draft_length = 0;
   options.max_positions = tokens;
-  const auto plain = make_engine(*with.ctx, with.target->model, nullptr, with.kv, with.guide, options);
+  const auto plain = make_engine(*with.ctx, *with.target->model, nullptr, with.kv, with.guide, options);
   specattn::decode_request request;
   request.prompt = {&first, 1};
   request.max_new_tokens = tokens - 1;
@@ -88,8 +88,8 @@ void run_calibrate(const calibrate_options& options) {
   pair.guide = "none";
   session with = open_session(pair);
   if (!with.draft) throw input_error("calibrate needs a draft model: name it with --model-draft");
-  const std::int32_t limit =
-      (std::min)({options.tokens, with.target->model.shape().max_positions, with.draft->model.shape().max_positions});
+  const std::int32_t limit = (std::min)(
+      {options.tokens, with.target->model->shape().max_positions, with.draft->model->shape().max_positions});
   const std::int32_t least = fit.prefill + least_behind_prefill;
   if (limit < least) {
     throw input_error("calibrate: --tokens " + std::to_string(limit) + " is too few; at least " +

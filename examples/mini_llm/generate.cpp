@@ -61,10 +61,8 @@ engine::on_progress show_progress() {
 }
 
 void print_setting(const session& made, const generate_options& options, std::size_t prompt_tokens) {
-  const auto memory = engine_bytes(made.target->model, made.draft_model(), made.kv, made.guide, made.decode);
+  const specattn::decode_memory memory = made.engine_bytes();
   const auto megabytes = [](std::size_t bytes) { return std::to_string((bytes + 524288) / 1048576) + " MiB"; };
-  std::size_t weights = made.target->model.weight_bytes();
-  if (made.draft) weights += made.draft->model.weight_bytes();
   std::cerr << "target " << made.target->directory.string();
   if (made.draft)
     std::cerr << ", draft " << made.draft->directory.string() << ", " << made.decode.draft_length
@@ -77,8 +75,9 @@ void print_setting(const session& made, const generate_options& options, std::si
               << " (approximate: the text follows the target as evaluated over the kept positions)";
   }
   std::cerr << "\nprompt " << prompt_tokens << " tokens, seed " << options.sampler.seed << ", temperature "
-            << options.sampler.temperature << ", " << made.ctx->threads() << " threads, KV " << name_of(made.kv)
-            << "\nmemory: weights " << megabytes(weights) << ", caches "
+            << options.sampler.temperature << ", "
+            << (made.on_device ? made.on_device->device_name() : std::to_string(made.ctx->threads()) + " threads")
+            << ", KV " << name_of(made.kv) << "\nmemory: weights " << megabytes(made.weight_bytes()) << ", caches "
             << megabytes(memory.target_cache + memory.draft_cache) << ", recordings " << megabytes(memory.recordings)
             << ", selections and logits " << megabytes(memory.selections + memory.logits) << "\n\n";
 }
@@ -182,6 +181,8 @@ void add_generate_command(CLI::App& app) {
       ->capture_default_str();
   command->add_flag("--ignore-eos", options->ignore_eos, "go on after the end-of-text token");
   command->add_flag("--display-prompt", options->show_prompt, "write the prompt before the text");
+  command->add_option("--device", options->session.device, "cpu or cuda (guides none, draft and paper; --kv f16)")
+      ->capture_default_str();
   command->add_flag("--compare", options->compare,
                     "then time autoregressive and dense speculative decoding from the same prompt");
   command->add_flag("--json", options->json, "one JSON object on stdout, the text in it");

@@ -11,7 +11,7 @@
 
 namespace mini_llm {
 
-loaded_model load_model(const std::filesystem::path& directory) {
+loaded_model open_model(const std::filesystem::path& directory) {
   std::error_code ignored;
   if (!std::filesystem::is_directory(directory, ignored)) {
     throw input_error(directory.string() + ": no such model directory");
@@ -22,9 +22,14 @@ loaded_model load_model(const std::filesystem::path& directory) {
     throw input_error(directory.string() + ": the tokenizer has " + std::to_string(words.vocab_size()) +
                       " tokens, the model's vocab is " + std::to_string(config.vocab));
   }
+  return {directory, std::move(config), std::move(words), nullptr};
+}
+
+loaded_model load_model(const std::filesystem::path& directory) {
+  loaded_model made = open_model(directory);
   const model_files files = model_files::open(directory);
-  llama model(config, files, max_slots, directory.filename().string());
-  return {directory, std::move(config), std::move(words), std::move(model)};
+  made.model = std::make_unique<llama>(made.config, files, max_slots, directory.filename().string());
+  return made;
 }
 
 void check_same_vocabulary(const loaded_model& target, const loaded_model& draft) {

@@ -1,7 +1,8 @@
-// A model directory, ready to run: configuration, tokenizer and weights.
+// A model directory, ready to run: configuration, tokenizer and, for the CPU, weights.
 #pragma once
 
 #include <filesystem>
+#include <memory>
 #include <string>
 
 #include "llama.hpp"
@@ -14,14 +15,17 @@ struct loaded_model {
   std::filesystem::path directory;
   model_config config;
   tokenizer words;
-  llama model;
+  std::unique_ptr<llama> model;  ///< null: the weights are left for the GPU
 };
 
 /// The most tokens one pass of a model takes here: a prefill chunk, or a verify pass that refreshes.
 inline constexpr std::int32_t max_slots = 256;
 
-/// Reads config.json, tokenizer.json and the weights of a Hugging Face directory.
+/// Reads config.json and tokenizer.json of a Hugging Face directory.
 /// \throws input_error naming the file and what is wrong with it
+loaded_model open_model(const std::filesystem::path& directory);
+
+/// The same, and the weights. \throws input_error
 loaded_model load_model(const std::filesystem::path& directory);
 
 /// Refuses a draft whose vocabulary is not the target's, token by token.

@@ -79,7 +79,7 @@ context_result measure(session& with, const perplexity_options& options, const s
 void require_alignment(session& with, const session_options& options, const std::vector<guide_point>& points) {
   for (const guide_point& point : points) {
     if (point.kind != guide_kind::draft && point.kind != guide_kind::paper) continue;
-    auto found = find_alignment(options.alignment, *with.target, *with.draft);
+    auto found = find_alignment(options.alignment, with);
     if (!found) {
       throw input_error(
           "the guides draft and paper need an alignment of this pair; `mini_llm calibrate` makes one, "
@@ -201,7 +201,7 @@ void run_perplexity(const perplexity_options& options) {
   if (!with.draft) throw input_error("perplexity needs a draft model: name it with --model-draft");
   with.guide.rule = pair.rule;
   require_alignment(with, pair, points);
-  const std::int32_t limit = with.target->model.shape().max_positions;
+  const std::int32_t limit = with.target->model->shape().max_positions;
   std::vector<context_result> results;
   for (const std::int32_t context : parse_integers(options.contexts, "--contexts", 16, limit)) {
     results.push_back(measure(with, options, points, context));

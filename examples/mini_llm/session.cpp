@@ -7,10 +7,25 @@
 
 namespace mini_llm {
 
-std::optional<specattn::alignment> find_alignment(const std::filesystem::path& given, const loaded_model& target,
-                                                  const loaded_model& draft) {
-  const auto& wanted_draft = draft.model.fingerprint();
-  const auto& wanted_target = target.model.fingerprint();
+std::unique_ptr<engine> session::make(const guide_choice& with, const specattn::decode_options& options) const {
+  if (on_device) return on_device->make(kv, with, options);
+  return make_engine(*ctx, *target->model, draft_model(), kv, with, options);
+}
+
+specattn::decode_memory session::engine_bytes() const {
+  if (on_device) return on_device->engine_bytes(kv, guide, decode);
+  return mini_llm::engine_bytes(*target->model, draft_model(), kv, guide, decode);
+}
+
+std::size_t session::weight_bytes() const {
+  if (on_device) return on_device->weight_bytes();
+  return target->model->weight_bytes() + (draft ? draft->model->weight_bytes() : 0);
+}
+
+std::optional<specattn::alignment> find_alignment(const std::filesystem::path& given, const session& with) {
+  const bool on_device = with.on_device != nullptr;
+  const auto& wanted_draft = on_device ? with.on_device->draft_fingerprint() : with.draft->model->fingerprint();
+  const auto& wanted_target = on_device ? with.on_device->target_fingerprint() : with.target->model->fingerprint();
   if (!given.empty()) return specattn::load_alignment(given.string(), wanted_draft, wanted_target);
   const std::filesystem::path shipped = embedded_models() / "alignment.json";
   if (!std::filesystem::exists(shipped)) return std::nullopt;
@@ -21,14 +36,24 @@ std::optional<specattn::alignment> find_alignment(const std::filesystem::path& g
 
 namespace {
 
+bool is_cuda(const std::string& device) {
+  if (device != "cpu" && device != "cuda") throw input_error("device '" + device + "' is none of cpu, cuda");
+  return device == "cuda";
+}
+
 void load_models(session& made, const session_options& options) {
   const bool embedded = options.model.empty();
-  made.target = std::make_unique<loaded_model>(load_model(embedded ? embedded_models() / "books-7m" : options.model));
-  if (options.decode.draft_length == 0) return;
-  if (options.draft.empty() && !embedded) return;  // a target of the user's own and no draft: plain decoding
-  made.draft = std::make_unique<loaded_model>(
-      load_model(options.draft.empty() ? embedded_models() / "books-1m" : options.draft));
-  check_same_vocabulary(*made.target, *made.draft);
+  const bool on_device = is_cuda(options.device);
+  const auto load = [&](const std::filesystem::path& directory) {
+    return std::make_unique<loaded_model>(on_device ? open_model(directory) : load_model(directory));
+  };
+  made.target = load(embedded ? embedded_models() / "books-7m" : options.model);
+  // A target of the user's own and no draft: plain decoding.
+  if (options.decode.draft_length > 0 && (embedded || !options.draft.empty())) {
+    made.draft = load(options.draft.empty() ? embedded_models() / "books-1m" : options.draft);
+    check_same_vocabulary(*made.target, *made.draft);
+  }
+  if (on_device) made.on_device = load_device_pair(*made.target, made.draft.get());
 }
 
 }  // namespace
@@ -44,7 +69,7 @@ session open_session(const session_options& options) {
   if (!made.draft) made.decode.draft_length = 0;
 
   std::optional<specattn::alignment> alignment;
-  if (made.draft) alignment = find_alignment(options.alignment, *made.target, *made.draft);
+  if (made.draft) alignment = find_alignment(options.alignment, made);
   if (!kind) kind = alignment ? guide_kind::draft : guide_kind::none;
   if (*kind == guide_kind::draft || *kind == guide_kind::paper) {
     if (!made.draft) throw input_error("--guide " + std::string(name_of(*kind)) + " needs a draft model (-md)");

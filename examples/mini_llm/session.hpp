@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "cuda/device_pair.hpp"
 #include "engine.hpp"
 #include "loaded_model.hpp"
 #include "specattn/cpu/context.hpp"
@@ -22,7 +23,8 @@ struct session_options {
   std::filesystem::path alignment;
   std::string guide;  ///< empty: draft where there are a draft and an alignment, else none
   std::string kv = "f16";
-  std::int32_t threads = 0;  ///< 0: all
+  std::string device = "cpu";  ///< or cuda
+  std::int32_t threads = 0;    ///< 0: all
   specattn::selection_rule rule{.rows = specattn::combine::mean};
   specattn::decode_options decode;
   std::int32_t window = 512;
@@ -32,24 +34,25 @@ struct session_options {
 struct session {
   std::unique_ptr<specattn::context<specattn::cpu>> ctx;
   std::unique_ptr<loaded_model> target;
-  std::unique_ptr<loaded_model> draft;  ///< null: plain decoding
+  std::unique_ptr<loaded_model> draft;     ///< null: plain decoding
+  std::unique_ptr<device_pair> on_device;  ///< the models' weights, where they are on the GPU; null: the CPU
   guide_choice guide;
   kv_type kv = kv_type::f16;
   specattn::decode_options decode;
 
-  llama* draft_model() const { return draft ? &draft->model : nullptr; }
-  std::unique_ptr<engine> make(const guide_choice& with, const specattn::decode_options& options) const {
-    return make_engine(*ctx, target->model, draft_model(), kv, with, options);
-  }
+  llama* draft_model() const { return draft ? draft->model.get() : nullptr; }
+  std::unique_ptr<engine> make(const guide_choice& with, const specattn::decode_options& options) const;
+  /// What the engine of this session's own choice allocates.
+  specattn::decode_memory engine_bytes() const;
+  std::size_t weight_bytes() const;
 };
 
 /// Loads and checks. \throws input_error, specattn::contract_error
 session open_session(const session_options& options);
 
-/// The alignment for a pair: from the file given, or alignment.json beside the embedded models; none when no file was
-/// given and the one there is for other models.
+/// The alignment for a session's pair: from the file given, or alignment.json beside the embedded models; none when no
+/// file was given and the one there is for other models.
 /// \throws input_error when the file given cannot be read, specattn::contract_error when it is for other models
-std::optional<specattn::alignment> find_alignment(const std::filesystem::path& given, const loaded_model& target,
-                                                  const loaded_model& draft);
+std::optional<specattn::alignment> find_alignment(const std::filesystem::path& given, const session& with);
 
 }  // namespace mini_llm

@@ -88,7 +88,7 @@ TEST_CASE("calibrate: rows sum to one, and the mixture is nearer than the layer 
     CHECK(rules.mixture[g] <= rules.best_head[g] + 1e-4f);
   }
   CHECK(mini_llm::mean_of(rules.mixture) < 0.8 * mini_llm::mean_of(rules.layer_map));
-  CHECK(made.fitted.target.weights == with.target->model.fingerprint().weights);
+  CHECK(made.fitted.target.weights == with.target->model->fingerprint().weights);
 
   SUBCASE("keeping everything scores exactly as dense does; keeping less reads less") {
     constexpr std::size_t tokens = 300;

@@ -68,6 +68,11 @@ refuses "a prompt file that is not there" "missing.txt" generate -f "$scratch/mi
 refuses "a context over the model's" "8192.*4096" generate "${short[@]}" -c 8192
 refuses "a prompt over the context" "3760.*256" generate -c 256
 refuses "a guide that is not there" "psychic" generate "${short[@]}" --guide psychic
+refuses "a device that is not there" "'tpu' is none of cpu, cuda" generate "${short[@]}" --device tpu
+if ! command -v nvidia-smi >/dev/null; then
+  refuses "the GPU where there is none" "--device cuda: (no usable GPU|this program was built for the CPU only)" \
+    generate "${short[@]}" --device cuda
+fi
 refuses "a depth over the context" "100000.*4095" bench -d 100000
 
 copy=$(copy_of books-7m)

@@ -9,36 +9,18 @@
 #include <cstdint>
 #include <optional>
 #include <span>
-#include <utility>
 #include <vector>
 
 #include "../cost_model.hpp"
 #include "../decode.hpp"
-#include "captured_graph.cuh"
 #include "draft_guide.cuh"
 #include "drafter.cuh"
 #include "guide.cuh"
+#include "round_exchange.cuh"
 
 namespace specattn::inline v0_1 {
 
 namespace detail {
-
-/// What a captured round depends on besides what it reads.
-struct round_key {
-  std::vector<std::int32_t> rows;  ///< cache rows, ascending
-  std::int32_t drafts = 0;
-  std::int32_t max_len = 0;  ///< of the texts
-  bool sparse = false;       ///< the guide decides what is read
-  bool sampled = false;      ///< some sequence is not greedy
-  friend bool operator==(const round_key&, const round_key&) = default;
-};
-
-/// Lengths are rounded up to one of eight steps in each doubling, so that a growing text is captured anew only then.
-inline std::int32_t length_bucket(std::int32_t length, std::int32_t most) {
-  std::int32_t step = 256;
-  while (step < most && length > 16 * step) step *= 2;
-  return (std::min)((length + step - 1) / step * step, most);
-}
 
 template <class G>
 concept device_guide = std::same_as<G, no_guide> || requires {
@@ -52,7 +34,8 @@ concept device_guide = std::same_as<G, no_guide> || requires {
 /// step() waits for the stream once. All sequences of a round run as many draft steps as the one that drafts most; of
 /// the others, the steps beyond their own are not judged. Models get a forward_batch<cuda>.
 ///
-/// Greedy text equals the CPU's up to ties of rounding. Not on cuda: refresh_every and score(). last_round()'s seconds are the device's, from events between the parts of a round.
+/// Greedy text equals the CPU's up to ties of rounding. Not on cuda: refresh_every and score().
+/// last_round()'s seconds are the device's, from events between the parts of a round.
 template <storage T, class Target, class Draft, class Guide>
   requires language_model<Target, cuda> && language_model<Draft, cuda> && guide<Guide, T, cuda>
 class decoder<T, Target, Draft, Guide, cuda> {
@@ -133,7 +116,7 @@ class decoder<T, Target, Draft, Guide, cuda> {
   bool step(OnTokens&& on_tokens) {
     if (!choose_round()) return false;
     prepare_round();
-    find_graph().launch(ctx_->stream());
+    graphs_.find(*ctx_, key_, [&] { queue_round(); }).launch(ctx_->stream());
     detail::check_cuda(cudaStreamSynchronize(ctx_->stream()), "decode: round");
     check_tokens_drawn();
     trace_ = {};
@@ -172,19 +155,13 @@ class decoder<T, Target, Draft, Guide, cuda> {
 
  private:
   static constexpr bool guided = !std::same_as<Guide, no_guide>;
-  static constexpr std::size_t most_graphs = 32;
 
   void allocate() {
     sequences_ = detail::sequence_table(sizes_, shape_.vocab, options_.draft_length);
     const auto rows = static_cast<std::size_t>(sizes_.sequences);
     fresh_.assign(rows, 1);
-    memory_ = detail::round_memory(sizes_.sequences, options_.draft_length);
-    input_ = detail::pinned_buffer<detail::sequence_input>(rows);
-    samplers_ = detail::pinned_buffer<sampler_options>(rows);
-    output_ = detail::pinned_buffer<detail::sequence_output>(rows);
-    drafted_ = detail::pinned_buffer<std::int32_t>(rows * static_cast<std::size_t>(options_.draft_length));
-    prefill_host_.resize(2 * static_cast<std::size_t>(options_.prefill_chunk) + 4);
-    prefill_ = buffer<std::int32_t, cuda>(prefill_host_.size());
+    exchange_ = detail::round_exchange(sizes_.sequences, options_.draft_length);
+    prefill_ = detail::prefill_arrays(options_.prefill_chunk);
     if (guided) kept_ = selection<cuda>(sizes_.target_groups, sizes_.positions);
     if (needs_.target_weights) weights_ = buffer<float, cuda>(sizes_.target_weights);
     const auto vocab = static_cast<std::size_t>(shape_.vocab);
@@ -197,7 +174,6 @@ class decoder<T, Target, Draft, Guide, cuda> {
                                    verify_workspace_bytes(*ctx_, sizes_.judged, shape_.vocab)});
     if (drafter_) need = (std::max)(need, drafter_->workspace_bytes(*ctx_, sizes_.sequences));
     ctx_->reserve_workspace(need);
-    workspace_bytes_ = ctx_->workspace_bytes();
   }
 
   std::int32_t take_row(const decode_request& request) {
@@ -210,21 +186,12 @@ class decoder<T, Target, Draft, Guide, cuda> {
   template <class Model>
   void prefill(Model& model, kv_cache<T, cuda>& cache, std::int32_t row, std::int32_t from, std::int32_t to) {
     const std::int32_t count = to - from;
-    std::int32_t* at = prefill_host_.data();
-    at = std::copy_n(sequences_.at(row).text.data() + from, count, at);
-    for (std::int32_t position = from; position < to; ++position) *at++ = position;
-    for (const std::int32_t number : {0, count, cache.length(row), row}) *at++ = number;
     cache.reserve(row, count);
     cache.publish(*ctx_);
-    std::int32_t* const device = prefill_.data();
-    detail::check_cuda(cudaMemcpyAsync(device, prefill_host_.data(), (2 * static_cast<std::size_t>(count) + 4) * 4,
-                                       cudaMemcpyHostToDevice, ctx_->stream()),
-                       "decode: prefill");
-    const pass_layout<cuda> layout{
-        {device + 2 * count, {2}}, {device + 2 * count + 2, {1}}, {device + 2 * count + 3, {1}}};
-    attention_pass<T, cuda> pass(*ctx_, cache, layout);
-    const forward_batch<cuda> batch{{device, {count}}, {device + count, {count}}, {device, {0}}};
-    model.forward(*ctx_, batch, pass, view<float, 2, cuda>(logits_.data(), {0, shape_.vocab}));
+    prefill_.upload(*ctx_, {sequences_.at(row).text.data() + from, static_cast<std::size_t>(count)}, from,
+                    cache.length(row), row);
+    attention_pass<T, cuda> pass(*ctx_, cache, prefill_.layout());
+    model.forward(*ctx_, prefill_.batch(), pass, view<float, 2, cuda>(logits_.data(), {0, shape_.vocab}));
     cache.advance(row, count);
   }
 
@@ -286,38 +253,26 @@ class decoder<T, Target, Draft, Guide, cuda> {
       const std::int32_t* const end = seq.text.data() + length;
       const std::int32_t drafts = (std::min)(wanted_of(seq), key_.drafts);
       const bool dense = length - 1 < options_.min_context || drafts == 0;
-      input_[s] = {.cache_row = row,
-                   .text_len = length,
-                   .draft_cached = draft_cached,
-                   .last_but_one = length > 1 ? end[-2] : 0,
-                   .last = end[-1],
-                   .fresh = fresh_[static_cast<std::size_t>(row)],
-                   .dense = dense ? 1 : 0,
-                   .drafts = drafts};
-      samplers_[s] = seq.sampler;
+      const detail::sequence_input input{.cache_row = row,
+                                         .text_len = length,
+                                         .draft_cached = draft_cached,
+                                         .last_but_one = length > 1 ? end[-2] : 0,
+                                         .last = end[-1],
+                                         .fresh = fresh_[static_cast<std::size_t>(row)],
+                                         .dense = dense ? 1 : 0,
+                                         .drafts = drafts};
+      exchange_.tell(s, input, seq.sampler);
     }
     cache_.publish(*ctx_);
     if (drafter_) drafter_->cache().publish(*ctx_);
   }
 
-  const detail::captured_graph& find_graph() {
-    if (workspace_bytes_ != ctx_->workspace_bytes()) recapture();  // it has moved
-    workspace_bytes_ = ctx_->workspace_bytes();
-    for (const auto& [key, graph] : graphs_) {
-      if (key == key_) return graph;
-    }
-    if (graphs_.size() == most_graphs) graphs_.erase(graphs_.begin());
-    graphs_.emplace_back(key_, detail::captured_graph(ctx_->stream(), [&] { queue_round(); }));
-    return graphs_.back().second;
-  }
-
   void queue_round() {
     const auto n = static_cast<std::int32_t>(key_.rows.size());
-    const detail::round_arrays round = memory_.arrays(n, key_.drafts);
+    const detail::round_arrays round = exchange_.arrays(n, key_.drafts);
     round_state<T, cuda> state = state_of(round);
     mark(0);
-    copy(memory_.input(), input_.data(), key_.rows.size());
-    copy(memory_.samplers(), samplers_.data(), key_.rows.size());
+    exchange_.queue_inputs(*ctx_, round);
     start_layout(detail::begin_round_kernel, round);
     view<float, 3, cuda> probabilities;
     if (key_.sampled) probabilities = {probabilities_.data(), {n, key_.drafts, shape_.vocab}};
@@ -337,8 +292,7 @@ class decoder<T, Target, Draft, Guide, cuda> {
     mark(3);
     judge(round);
     detail::start_kernel(*ctx_, detail::report_kernel, dim3(static_cast<unsigned>(n)), 32, lists, "decode");
-    copy(output_.data(), round.output, key_.rows.size());
-    copy(drafted_.data(), round.drafted, key_.rows.size() * static_cast<std::size_t>(key_.drafts));
+    exchange_.queue_outputs(*ctx_, round);
     mark(4);
     if constexpr (guided) {
       if (key_.sparse) guide_->after_verify(*ctx_, state);
@@ -417,35 +371,29 @@ class decoder<T, Target, Draft, Guide, cuda> {
   }
 
   void mark(std::size_t i) const { marks_[i].record(ctx_->stream()); }
-  template <class Element>
-  void copy(Element* to, const Element* from, std::size_t count) const {
-    if (count == 0) return;
-    detail::check_cuda(cudaMemcpyAsync(to, from, count * sizeof(Element), cudaMemcpyDefault, ctx_->stream()),
-                       "decode");
-  }
   void start_layout(void (*kernel)(detail::round_arrays), const detail::round_arrays& round) const {
     detail::start_kernel(*ctx_, kernel, dim3(1), detail::layout_threads, round, "decode");
   }
 
   /// Before anything of a round is taken over.
   void check_tokens_drawn() const {
-    for (std::size_t s = 0; s < key_.rows.size(); ++s) {
-      const auto length = sequences_.at(key_.rows[s]).text.size();
-      detail::expects(output_[s].undrafted == 0, "decode: the draft's logits behind position ", length - 1,
-                      " of row ", key_.rows[s], " hold no finite value");
-      detail::expects(output_[s].next != no_token, "decode: the target's logits for position ",
-                      length + static_cast<std::size_t>(output_[s].accepted), " of row ", key_.rows[s],
+    for (std::int32_t s = 0; s < static_cast<std::int32_t>(key_.rows.size()); ++s) {
+      const std::int32_t row = key_.rows[static_cast<std::size_t>(s)], length = exchange_.told(s).text_len;
+      const detail::sequence_output& out = exchange_.heard(s);
+      detail::expects(out.undrafted == 0, "decode: the draft's logits behind position ", length - 1, " of row ", row,
                       " hold no finite value");
+      detail::expects(out.next != no_token, "decode: the target's logits for position ", length + out.accepted,
+                      " of row ", row, " hold no finite value");
     }
   }
 
   /// Rows that the round read for one sequence.
   decode_counts rows_of(std::int32_t s, std::int32_t length) const {
-    const detail::sequence_output& out = output_[static_cast<std::size_t>(s)];
+    const detail::sequence_output& out = exchange_.heard(s);
     const std::int64_t a_position = std::int64_t{shape_.layers} * shape_.kv_heads;
     decode_counts counts;
     counts.kv_rows_read = out.rows_read;
-    counts.kv_rows_dense = a_position * (length + input_[static_cast<std::size_t>(s)].drafts);
+    counts.kv_rows_dense = a_position * (length + exchange_.told(s).drafts);
     counts.dense_rounds = out.dense;
     if (key_.drafts == 0) return counts;
     const std::int64_t drafts = key_.drafts, growth = drafts * (drafts - 1) / 2;
@@ -465,10 +413,8 @@ class decoder<T, Target, Draft, Guide, cuda> {
     const std::int32_t row = key_.rows[static_cast<std::size_t>(s)];
     detail::sequence_state& seq = sequences_.at(row);
     const auto before = static_cast<std::int32_t>(seq.text.size());
-    const detail::sequence_output& out = output_[static_cast<std::size_t>(s)];
-    const std::span<const std::int32_t> drafted(drafted_.data() + std::ptrdiff_t{s} * key_.drafts,
-                                                static_cast<std::size_t>(input_[static_cast<std::size_t>(s)].drafts));
-    decode_counts counts = detail::take_tokens(seq, drafted, out.accepted, out.next);
+    const detail::sequence_output& out = exchange_.heard(s);
+    decode_counts counts = detail::take_tokens(seq, exchange_.drafted(s, key_.drafts), out.accepted, out.next);
     counts += rows_of(s, before);
     seq.counts += counts;
     trace_.counts += counts;
@@ -500,15 +446,9 @@ class decoder<T, Target, Draft, Guide, cuda> {
   std::optional<round_planner> planner_;
   double kv_len_ = 0.0;  // of the round, for the planner
   detail::round_key key_;
-  std::vector<std::pair<detail::round_key, detail::captured_graph>> graphs_;
-  std::size_t workspace_bytes_ = 0;  // when they were captured
-  detail::round_memory memory_;
-  detail::pinned_buffer<detail::sequence_input> input_;
-  detail::pinned_buffer<sampler_options> samplers_;
-  detail::pinned_buffer<detail::sequence_output> output_;
-  detail::pinned_buffer<std::int32_t> drafted_;
-  std::vector<std::int32_t> prefill_host_;
-  buffer<std::int32_t, cuda> prefill_;
+  detail::captured_rounds graphs_;
+  detail::round_exchange exchange_;
+  detail::prefill_arrays prefill_;
   selection<cuda> kept_;
   buffer<float, cuda> weights_, logits_, probabilities_;
   detail::timing_event marks_[6];
