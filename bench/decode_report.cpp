@@ -214,8 +214,9 @@ void write_report(std::ostream& out, const cell_file& file) {
   for (const std::string& run : file.runs()) out << "* " << run << "\n";
   out << "\nMeasured: a round's wall-clock time, host included, with seeded random weights of the models' shapes "
          "made on "
-         "the device, and caches of random keys and values. A round runs as one graph: draft steps, recording, "
-         "importance, selection, verify pass, acceptance. Imposed: the kept share, by the top_p that keeps it, found "
+         "the device, and caches of random keys and values. A round runs as one graph: draft steps, recording (of "
+         "the first), importance, selection, verify pass, acceptance. Imposed: the kept share, by the top_p that "
+         "keeps it, found "
          "by "
          "bisection (random weights attend nearly evenly; a trained model keeps as little at a far higher top_p); "
          "and "

@@ -126,6 +126,7 @@ struct round_plan {
     o.max_sequences = batch;
     o.max_positions = kv_len;
     o.sparse_draft = sparse_draft;
+    o.record_steps = 1;  // the first; a sparse draft's only dense one
     o.draft_rule = rules.draft;
     return o;
   }

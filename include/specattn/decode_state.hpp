@@ -93,7 +93,7 @@ struct decode_sizes {
     target_groups = std::ptrdiff_t{target.layers} * sequences * target.kv_heads;
     draft_groups = std::ptrdiff_t{draft.layers} * sequences * draft.kv_heads;
     recorded_rows = options.sparse_draft ? (std::min)(steps, 1) : steps;
-    const std::int32_t kept_rows = options.sparse_draft && steps > 1 ? 1 : 0;  // a sparse step's, before it is added
+    const std::int32_t kept_rows = options.sparse_draft ? 1 : 0;  // a sparse step's, before it is added
     recording_capacity = (std::ptrdiff_t{positions} + 63) / 64 * 64;
     draft_weights = std::size_t(recorded_rows + kept_rows) * std::size_t(draft.layers) * std::size_t(sequences) *
                     std::size_t(draft.q_heads) * std::size_t(recording_capacity);

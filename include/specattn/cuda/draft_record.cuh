@@ -62,6 +62,30 @@ static __global__ void __launch_bounds__(record_threads)
     launch.lengths[g] = launch.round.input[g / launch.kv_heads % launch.round.sequences].text_len;
 }
 
+/// The heads of a group added up: what a sparse draft's lists are selected from.
+struct add_heads_launch {
+  round_arrays round;
+  const float* weights;  // [groups, heads of a group, capacity] the first step's: each row sums to one over the text
+  float* sums;           // [groups, capacity]
+  std::ptrdiff_t capacity;
+  std::int32_t heads, kv_heads;
+};
+
+/// A thread adds four positions; blockIdx.y is the group.
+static __global__ void __launch_bounds__(record_threads)
+    add_heads_kernel(const __grid_constant__ add_heads_launch launch) {
+  const std::ptrdiff_t group = blockIdx.y, at = (std::ptrdiff_t{blockIdx.x} * record_threads + threadIdx.x) * 4;
+  const auto s = static_cast<std::int32_t>(group / launch.kv_heads % launch.round.sequences);
+  if (at >= launch.round.input[s].text_len) return;
+  const float* const rows = launch.weights + group * launch.heads * launch.capacity + at;
+  float4 sum = *reinterpret_cast<const float4*>(rows);
+  for (std::int32_t head = 1; head < launch.heads; ++head) {
+    const float4 more = *reinterpret_cast<const float4*>(rows + head * launch.capacity);
+    sum = {sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w};
+  }
+  *reinterpret_cast<float4*>(launch.sums + group * launch.capacity + at) = sum;
+}
+
 /// A sparse step: its recorded rows, and the lists it read.
 struct sparse_step_launch {
   round_arrays round;

@@ -27,7 +27,7 @@ class device_drafter {
       : draft_(&draft),
         options_(options),
         shape_(draft.shape()),
-        steps_(sizes.steps),
+        steps_(record ? sizes.steps : (std::min)(sizes.steps, 1)),
         rows_(sizes.recorded_rows),
         capacity_(sizes.recording_capacity),
         positions_(sizes.positions),
@@ -50,7 +50,7 @@ class device_drafter {
         verify_workspace_bytes(ctx, sequences, shape_.vocab));
     if (options_.sparse_draft) {
       need = (std::max)(need, select_workspace_bytes(ctx, std::ptrdiff_t{shape_.layers} * sequences * shape_.kv_heads,
-                                                     group_heads(), positions_, options_.draft_rule));
+                                                     own_rows(), positions_, own_rule()));
     }
     return need;
   }
@@ -101,6 +101,14 @@ class device_drafter {
  private:
   std::int32_t heads() const { return shape_.layers * shape_.q_heads; }
   std::int32_t group_heads() const { return shape_.q_heads / shape_.kv_heads; }
+  /// A sparse draft's lists are selected from the sum of a group's heads where the rule averages them: recorded rows all
+  /// sum to one.
+  std::int32_t own_rows() const { return options_.draft_rule.rows == combine::mean ? 1 : group_heads(); }
+  selection_rule own_rule() const {
+    selection_rule rule = options_.draft_rule;
+    if (rule.rows == combine::mean) rule.rows = combine::unite;
+    return rule;
+  }
   std::int32_t recorded(const round_arrays& round) const { return (std::min)(rows_, round.drafts); }
   std::ptrdiff_t step_rows(const round_arrays& round) const { return std::ptrdiff_t{heads()} * round.sequences; }
 
@@ -137,10 +145,18 @@ class device_drafter {
     const std::ptrdiff_t groups = std::ptrdiff_t{shape_.layers} * round.sequences * shape_.kv_heads;
     const own_lengths_launch lengths{round, lengths_.data(), static_cast<std::int32_t>(groups), shape_.kv_heads};
     start_kernel(ctx, own_lengths_kernel, dim3(blocks_of(groups, record_threads)), record_threads, lengths, "decode");
+    const float* rows = weights_.data();
+    if (own_rows() == 1) {
+      float* const sums = weights_.data() + rows_ * step_rows(round) * capacity_;  // free until the next step
+      const add_heads_launch launch{round, rows, sums, capacity_, group_heads(), shape_.kv_heads};
+      const dim3 grid(blocks_of(max_kv_len, 4 * record_threads), static_cast<unsigned>(groups));
+      start_kernel(ctx, add_heads_kernel, grid, record_threads, launch, "decode");
+      rows = sums;
+    }
     importance<float, cuda> from;
-    from.weights = {weights_.data(), {groups, group_heads(), max_kv_len}, {group_heads() * capacity_, capacity_, 1}};
+    from.weights = {rows, {groups, own_rows(), max_kv_len}, {own_rows() * capacity_, capacity_, 1}};
     from.kv_lens = lengths_.shaped({groups});
-    select(ctx, from, options_.draft_rule, lists(round));
+    select(ctx, from, own_rule(), lists(round));
   }
 
   void take_sparse_step(context<cuda>& ctx, const round_arrays& round, std::int32_t step) {
@@ -159,7 +175,7 @@ class device_drafter {
   Draft* draft_;
   decode_options options_;
   model_shape shape_;
-  std::int32_t steps_;  // that guide a round
+  std::int32_t steps_;  // that guide a round; without a guide a sparse draft records the first
   std::int32_t rows_;   // sets of weights they leave
   std::ptrdiff_t capacity_;
   std::int32_t positions_;
