@@ -54,7 +54,8 @@ struct history_launch {
 };
 
 /// blockIdx.x: a (layer, kv head); y: a sequence.
-static __global__ void __launch_bounds__(guide_threads) remember_kernel(const __grid_constant__ history_launch launch) {
+static __global__ void __launch_bounds__(guide_threads)
+    remember_kernel(const __grid_constant__ history_launch launch) {
   const auto s = static_cast<std::int32_t>(blockIdx.y), sequences = static_cast<std::int32_t>(gridDim.y);
   const auto group = static_cast<std::int32_t>(blockIdx.x);
   const std::int32_t layer = group / launch.kv_heads, head = group % launch.kv_heads;
