@@ -1,7 +1,7 @@
 // select() on the device over the table of rows × lengths, p = 0.95, ascending lists out, and beside it other libraries'
 // selections of the same rows, where they are compiled in. Lists are compared with the CPU's, and a peer's with what it
 // promises, before anything is timed.
-//   select_bench_cuda [--smoke | ROWS LENGTH] [--real FILE]     FILE: see peers/README.md, which also has the commands
+//   select_bench_cuda [--smoke | --rules | ROWS LENGTH] [--real FILE]     FILE: see peers/README.md, which also has the commands
 #include "specattn/cuda/select.cuh"
 
 #include <cmath>
@@ -28,6 +28,8 @@ struct cell {
   std::ptrdiff_t rows;
   std::ptrdiff_t length;
   double goal_us;  ///< 0: none
+  std::ptrdiff_t group_rows = 1;
+  std::ptrdiff_t groups() const { return rows / group_rows; }
 };
 constexpr cell table[] = {{8, 2048, 0},      {8, 8192, 9},      {8, 32768, 12},     {8, 131072, 18},
                           {64, 32768, 13},   {256, 2048, 0},    {256, 8192, 13},    {256, 32768, 25},
@@ -35,52 +37,81 @@ constexpr cell table[] = {{8, 2048, 0},      {8, 8192, 9},      {8, 32768, 12}, 
 constexpr row_kind made_kinds[] = {row_kind::softmax, row_kind::uniform, row_kind::one_hot, row_kind::all_equal,
                                    row_kind::heavy_tie};
 
+/// What a rule costs that is more than a share of the mass.
+struct rule_case {
+  const char* name;
+  cell where;
+  specattn::selection_rule rule;
+};
+std::vector<rule_case> rule_cases() {
+  std::vector<rule_case> cases;
+  const auto add = [&](const char* name, const cell& where, auto set) {
+    cases.push_back({name, where, {}});
+    cases.back().rule.top_p = top_p;
+    set(cases.back().rule);
+  };
+  for (const cell& where : {cell{256, 32768, 0}, cell{1024, 8192, 0}, cell{1024, 32768, 0}}) {
+    const auto tenth = static_cast<std::int32_t>(where.length / 10);
+    add("cap of 10 %", where, [&](auto& rule) { rule.max_tokens = tenth; });
+    add("cap of 10 %, p = 1", where, [&](auto& rule) { rule.top_p = 1.0f, rule.max_tokens = tenth; });
+  }
+  for (const cell& where : {cell{256, 8192, 0, 4}, cell{1024, 8192, 0, 4}, cell{1024, 32768, 0, 4}}) {
+    add("union of 4 rows", where, [](auto&) {});
+    add("mean of 4 rows", where, [](auto& rule) { rule.rows = specattn::combine::mean; });
+    add("max of 4 rows", where, [](auto& rule) { rule.rows = specattn::combine::max; });
+  }
+  add("pages of 16", {256, 32768, 0}, [](auto& rule) { rule.page_size = 16; });
+  add("bisection", {256, 32768, 0}, [](auto& rule) { rule.method = specattn::threshold_method::bisection; });
+  return cases;
+}
+
 struct device_rows {
   specattn::buffer<float, device> weights;
   specattn::selection<device> lists;
   device_rows(const cell& c, row_kind kind, std::uint32_t seed, const bench::file_rows& real,
               const float* real_weights, cudaStream_t stream)
-      : weights(static_cast<std::size_t>(c.rows * c.length)), lists(c.rows, c.length) {
+      : weights(static_cast<std::size_t>(c.rows * c.length)), lists(c.groups(), c.length) {
     bench::fill_rows<<<static_cast<unsigned>(c.rows), 256, 0, stream>>>(
         weights.data(), static_cast<std::int32_t>(c.length), kind, seed, real_weights, real.rows);
     bench::check(cudaGetLastError());
   }
   void select(specattn::context<device>& ctx, const cell& c, const specattn::selection_rule& rule) {
     specattn::importance<float, device> from;
-    from.weights = weights.shaped({c.rows, 1, c.length});
+    from.weights = weights.shaped({c.groups(), c.group_rows, c.length});
     auto out = lists.view();
     out.mass = {};
     specattn::select(ctx, from, rule, out);
   }
 };
 
-/// Eight rows or fewer, evenly spaced, on the host: they are what gets compared.
+/// Eight groups or fewer, evenly spaced, on the host: they are what gets compared.
 struct checked_rows {
   std::vector<std::ptrdiff_t> which;
-  std::vector<float> weights;  ///< [which, length]
+  std::vector<float> weights;  ///< [which, group_rows, length]
 
   checked_rows(const device_rows& got, const cell& c) {
-    const std::ptrdiff_t count = (std::min)(c.rows, std::ptrdiff_t{8});
-    weights.resize(static_cast<std::size_t>(count * c.length));
+    const std::ptrdiff_t count = (std::min)(c.groups(), std::ptrdiff_t{8});
+    const std::ptrdiff_t each = c.group_rows * c.length;
+    weights.resize(static_cast<std::size_t>(count * each));
     for (std::ptrdiff_t i = 0; i < count; ++i) {
-      which.push_back(i * (c.rows - 1) / (std::max)(count - 1, std::ptrdiff_t{1}));
-      bench::check(cudaMemcpy(weights.data() + i * c.length, got.weights.data() + which.back() * c.length,
-                              static_cast<std::size_t>(c.length) * sizeof(float), cudaMemcpyDeviceToHost));
+      which.push_back(i * (c.groups() - 1) / (std::max)(count - 1, std::ptrdiff_t{1}));
+      bench::check(cudaMemcpy(weights.data() + i * each, got.weights.data() + which.back() * each,
+                              static_cast<std::size_t>(each) * sizeof(float), cudaMemcpyDeviceToHost));
     }
   }
 };
 
-/// Our lists against the CPU's. Returns the share of positions kept, of all rows.
+/// Our lists against the CPU's. Returns the share of positions kept, of all groups.
 double validated(const device_rows& got, const cell& c, checked_rows& rows, const specattn::selection_rule& rule) {
   const auto checked = static_cast<std::ptrdiff_t>(rows.which.size());
   const auto lists = got.lists.view();
-  std::vector<std::int32_t> counts(static_cast<std::size_t>(c.rows));
+  std::vector<std::int32_t> counts(static_cast<std::size_t>(c.groups()));
   bench::check(cudaMemcpy(counts.data(), lists.counts.data(), counts.size() * 4, cudaMemcpyDeviceToHost));
   specattn::context<specattn::cpu> ctx;
   specattn::selection<specattn::cpu> want(checked, c.length);
   specattn::importance<float> from;
-  from.weights = {rows.weights.data(), {checked, 1, c.length}};
-  ctx.reserve_workspace(specattn::select_workspace_bytes(ctx, checked, 1, c.length, rule));
+  from.weights = {rows.weights.data(), {checked, c.group_rows, c.length}};
+  ctx.reserve_workspace(specattn::select_workspace_bytes(ctx, checked, c.group_rows, c.length, rule));
   specattn::select(ctx, from, rule, want.view());
   for (std::ptrdiff_t i = 0; i < checked; ++i) {
     const std::ptrdiff_t row = rows.which[static_cast<std::size_t>(i)];
@@ -90,12 +121,12 @@ double validated(const device_rows& got, const cell& c, checked_rows& rows, cons
         cudaMemcpy(positions.data(), &lists.positions(row, 0), positions.size() * 4, cudaMemcpyDeviceToHost));
     if (counts[static_cast<std::size_t>(row)] != count ||
         std::memcmp(&want.view().positions(i, 0), positions.data(), positions.size() * 4) != 0) {
-      std::fprintf(stderr, "row %td of %td x %td: %d positions, the CPU keeps %d or others\n", row, c.rows, c.length,
-                   counts[static_cast<std::size_t>(row)], count);
+      std::fprintf(stderr, "group %td of %td x %td: %d positions, the CPU keeps %d or others\n", row, c.groups(),
+                   c.length, counts[static_cast<std::size_t>(row)], count);
       std::exit(1);
     }
   }
-  return std::accumulate(counts.begin(), counts.end(), 0.0) / static_cast<double>(c.rows * c.length);
+  return std::accumulate(counts.begin(), counts.end(), 0.0) / static_cast<double>(c.groups() * c.length);
 }
 
 /// Whether a peer kept the heaviest positions of a row, and enough of them and no more: to 1e-4 of the mass, and with
@@ -164,6 +195,12 @@ class select_bench {
         "|\n|---|---|---|---|---|---|---|---|---|---|\n");
     for (std::size_t i = 0; i < count; ++i) measure(cells[i], row_kind::softmax, true);
   }
+  void run_rules() {
+    std::printf(
+        "\n| rule | groups | rows | length | kept %% | cold us | warm us | MB | GB/s cold | of copy |\n"
+        "|---|---|---|---|---|---|---|---|---|---|\n");
+    for (const rule_case& each : rule_cases()) measure_rule(each);
+  }
   void run_kinds(const cell& where) {
     for (const row_kind kind : made_kinds) measure(where, kind, false);
   }
@@ -182,15 +219,43 @@ class select_bench {
  private:
   using rows_set = std::vector<std::unique_ptr<device_rows>>;
 
-  /// `in_table`: with p = 1 too, and with a line of its own.
-  void measure(const cell& c, row_kind kind, bool in_table) {
+  /// Rows that are together beyond the L2.
+  rows_set make_rows(const cell& c, row_kind kind) {
     const double bytes = 4.0 * static_cast<double>(c.rows * c.length);
-    const int sets = smoke_ ? 1 : static_cast<int>((std::min)(640.0, 2.0 + 160e6 / bytes));  // together beyond the L2
+    const int sets = smoke_ ? 1 : static_cast<int>((std::min)(640.0, 2.0 + 160e6 / bytes));
     rows_set data;
     for (int i = 0; i < sets; ++i) {
       data.push_back(std::make_unique<device_rows>(c, kind, 77u + static_cast<std::uint32_t>(i), real_,
                                                    real_weights_.data(), ctx_.stream()));
     }
+    return data;
+  }
+
+  void measure_rule(const rule_case& each) {
+    const cell& c = each.where;
+    const rows_set data = make_rows(c, row_kind::softmax);
+    ctx_.reserve_workspace(specattn::select_workspace_bytes(ctx_, c.groups(), c.group_rows, c.length, each.rule));
+    checked_rows rows(*data[0], c);
+    data[0]->select(ctx_, c, each.rule);
+    bench::check(cudaStreamSynchronize(ctx_.stream()));
+    const double kept = validated(*data[0], c, rows, each.rule);
+    if (smoke_) return;
+    const auto sets = static_cast<int>(data.size());
+    const double bytes = 4.0 * static_cast<double>(c.rows * c.length);
+    const timing took =
+        timed(sets, bytes, true, [&](int i) { data[static_cast<std::size_t>(i)]->select(ctx_, c, each.rule); });
+    const double moved = bytes + kept * bytes / static_cast<double>(c.group_rows);
+    std::printf("| %s | %td | %td | %td | %.1f | %.1f | %.1f | %.1f | %.0f | %.0f %% |\n", each.name, c.groups(),
+                c.group_rows, c.length, 100 * kept, took.cold_us, took.warm_us, moved * 1e-6,
+                moved * 1e-3 / took.cold_us, 100 * moved * 1e-3 / took.cold_us / copy_);
+    std::fflush(stdout);
+  }
+
+  /// `in_table`: with p = 1 too, and with a line of its own.
+  void measure(const cell& c, row_kind kind, bool in_table) {
+    const double bytes = 4.0 * static_cast<double>(c.rows * c.length);
+    rows_set data = make_rows(c, kind);
+    const auto sets = static_cast<int>(data.size());
     checked_rows rows(*data[0], c);
     point now{kind, c, 0, {}, {}};
     for (const float p : {1.0f, top_p}) {
@@ -297,8 +362,9 @@ int main(int argc, char** argv) {
     argc -= 2;
   }
   const bool smoke = argc == 2 && std::strcmp(argv[1], "--smoke") == 0;
-  if (argc > 3 || (argc == 2 && !smoke)) {
-    std::fprintf(stderr, "select_bench_cuda [--smoke | ROWS LENGTH] [--real FILE]\n");
+  const bool rules_alone = argc == 2 && std::strcmp(argv[1], "--rules") == 0;
+  if (argc > 3 || (argc == 2 && !smoke && !rules_alone)) {
+    std::fprintf(stderr, "select_bench_cuda [--smoke | --rules | ROWS LENGTH] [--real FILE]\n");
     return 1;
   }
   cudaStream_t stream;
@@ -310,7 +376,12 @@ int main(int argc, char** argv) {
     run.print_points("select() and its peers");
     return 0;
   }
+  if (rules_alone) {
+    run.run_rules();
+    return 0;
+  }
   run.run_table(table, smoke ? 2 : std::size(table));
+  run.run_rules();
   run.print_points("select() and its peers");
   const std::ptrdiff_t length = smoke ? 8192 : 32768;
   for (const std::ptrdiff_t rows : {8, 256}) {

@@ -10,18 +10,10 @@
 using select_fixture = cuda_fixture;
 
 #include "select_cases.hpp"
+#include "select_device_cases.hpp"
 #include "select_group_cases.hpp"
 
 namespace select_testing {
-
-void same_as_cpu(cuda_fixture& fixture, cpu_fixture& cpu, const problem<float>& p) {
-  const answer want = solve(cpu, p);
-  const answer got = solve(fixture, p);
-  CHECK(got.counts == want.counts);
-  CHECK(got.positions == want.positions);
-  CHECK(got.mass == want.mass);
-  CHECK(got.status == want.status);
-}
 
 TEST_CASE("select on the device: 100 000 random and adversarial rows give the CPU's lists, masses and flags") {
   cuda_fixture fixture;
@@ -70,15 +62,7 @@ TEST_CASE("select on the device: rows of every kind, on one CTA and on eight, gi
       rule.top_p = top_p;
       if (top_p > 0.9f && top_p < 0.99f) rule.recent = 3000;
       auto p = dense_problem<float>(8, 1, length, rule);
-      fill_mixed(p, random);
-      for (std::ptrdiff_t i = 0; i < length; ++i) {
-        const float u = static_cast<float>(random() % 65536u + 1) / 65536.0f;
-        p.at(0, 0, i) = 0x1.fffffep-3f;                             // all equal, as heavy as a mass can be
-        p.at(1, 0, i) = static_cast<float>(1u << (random() % 8u));  // heavy ties
-        p.at(2, 0, i) = u;
-        p.at(3, 0, i) = std::exp(-12.0f * u);
-        p.at(4, 0, i) = i == length / 2 ? 1.0f : 1e-9f * u;  // one-hot
-      }
+      fill_kinds(p, random);
       same_as_cpu(fixture, cpu, p);
     }
   }

@@ -8,6 +8,7 @@
 using select_fixture = cuda_fixture;
 
 #include "select_cases.hpp"
+#include "select_device_cases.hpp"
 #include "select_group_cases.hpp"
 
 namespace specattn::inline v0_1::detail {
@@ -26,17 +27,8 @@ TEST_CASE("select, emulated: rows of every kind, on one CTA and on a cluster, gi
       rule.top_p = top_p;
       if (length == 16384) rule.recent = 2000;
       auto p = dense_problem<float>(6, 1, length, rule);
-      fill_mixed(p, random);
-      for (std::ptrdiff_t i = 0; i < length; ++i) {
-        p.at(0, 0, i) = 0x1.fffffep-3f;                             // all equal, as heavy as a mass can be
-        p.at(1, 0, i) = static_cast<float>(1u << (random() % 8u));  // heavy ties
-      }
-      const answer want = solve(cpu, p);
-      const answer got = solve(fixture, p);
-      CHECK(got.counts == want.counts);
-      CHECK(got.positions == want.positions);
-      CHECK(got.mass == want.mass);
-      CHECK(got.status == want.status);
+      fill_kinds(p, random);
+      same_as_cpu(fixture, cpu, p);
     }
   }
 }

@@ -1,8 +1,9 @@
 // select() on the device: one launch, a cluster of CTAs for each group.
 //
-// A lone row is read once, kept in the cluster's shared memory, and chosen from by a sample: select_row.cuh. Rows too
-// long for that, groups of several rows, pages and the paper's bisection are swept in memory: select_group.cuh. Both
-// count masses in integers, so their lists are the CPU's to the bit. Kept positions become bits, and lists by a scan
+// A row is read once, kept in the cluster's shared memory, and chosen from by a sample; a union is such rows one after
+// the other: select_row.cuh. Rows too long for that, rows combined in any other way, capped unions or those whose mass
+// is asked for, pages and the paper's bisection are swept in memory: select_group.cuh. Both count masses in integers,
+// so their lists are the CPU's to the bit. Kept positions become bits, and lists by a scan
 // over the words: ascending without a sort.
 //
 // After FlashInfer's and CUB's radix selections (their key and their one-read residency), with mass in place of counts.
@@ -20,23 +21,31 @@
 
 namespace specattn::inline v0_1::detail {
 
-/// Lone rows in shared memory; what those leave, and all else, is swept in memory.
+/// What select_row leaves: rare, so no part of its code.
+template <storage T>
+__device__ __noinline__ void sweep_group(const select_launch<T>& launch, select_team& team,
+                                         select_team_memory* memory, std::ptrdiff_t group) {
+  const std::int32_t share = member_share(launch.from.weights.extent(2), team.size());
+  select_scratch_view scratch;
+  scratch.own = true;
+  scratch.kept = reinterpret_cast<std::uint32_t*>(memory + 1);
+  scratch.equal = scratch.kept + share / 32;
+  select_group<T>(launch, team, group, scratch).run(group);
+}
+
+/// Lone rows and unions in shared memory; what those leave, and all else, is swept in memory.
 template <storage T>
 __global__ void __launch_bounds__(select_threads, 3)
     select_rows_kernel(const __grid_constant__ select_launch<T> launch) {
   __shared__ select_row_memory memory;
   extern __shared__ uint4 member_memory[];  // the keys, or what select_group needs
-  auto* search = reinterpret_cast<select_team_memory*>(member_memory);
-  select_team team(*search);
+  auto* swept = reinterpret_cast<select_team_memory*>(member_memory);
+  select_team team(*swept);
   const std::ptrdiff_t group = blockIdx.x / static_cast<unsigned>(team.size());
   if (select_row<T>(launch, team, group, memory, reinterpret_cast<std::uint32_t*>(member_memory)).run(group)) return;
   __syncthreads();
-  const std::int32_t share = member_share(launch.from.weights.extent(2), team.size());
-  select_scratch_view scratch;
-  scratch.own = true;
-  scratch.kept = reinterpret_cast<std::uint32_t*>(search + 1);
-  scratch.equal = scratch.kept + share / 32;
-  select_group<T>(launch, team, group, scratch).run(group);
+  select_team rest = team;  // a copy, so that the team itself stays in registers
+  sweep_group(launch, rest, swept, group);
 }
 
 template <storage T>
@@ -68,12 +77,12 @@ struct select_impl<cuda> {
     const std::ptrdiff_t kv_len = from.weights.extent(2);
     if (groups == 0) return;
     select_launch<T> launch{from, rule, out};
-    if (rows == 1 && is_resident(ctx, kv_len, rule)) {
+    const bool cap_may_bite = rule.max_tokens < kv_len || out.capacity() < kv_len;
+    const bool combined = rows > 1 && (rule.rows != combine::unite || cap_may_bite || !out.mass.empty());
+    if (!combined && is_resident(ctx, kv_len, rule)) {
       const int cluster = cluster_for(ctx, groups, kv_len);
       return start(ctx, select_rows_kernel<T>, groups, cluster, shared_bytes(member_share(kv_len, cluster)), launch);
     }
-    const bool cap_may_bite = rule.max_tokens < kv_len || out.capacity() < kv_len;
-    const bool combined = rows > 1 && (rule.rows != combine::unite || cap_may_bite || !out.mass.empty());
     launch.group_bytes = select_scratch_view{}.lay_out(nullptr, kv_len, combined, rule.page_size > 1);
     launch.workspace = ctx.workspace(static_cast<std::size_t>(groups) * launch.group_bytes, "select");
     start(ctx, select_groups_kernel<T>, groups, cluster_for(ctx, groups, kv_len), 0, launch, combined);

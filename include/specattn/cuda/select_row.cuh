@@ -1,16 +1,18 @@
-// A lone row in the shared memory of a cluster, chosen from by a sample.
+// Rows in the shared memory of a cluster, one after the other, chosen from by a sample.
 //
 // While the row is read, every eighth weight is counted, which tells a narrow range of keys that should hold the
 // threshold. One sweep then sums the row's mass and the mass above the range exactly and finds the keys inside it, a few
 // in a hundred; the threshold is one of those. Three or four cluster barriers a row.
-// A range that misses is noticed, since the masses are exact. Such rows, and those that are not plain (invalid weights,
-// subnormals, a cap that bites), are left to select_group.
+// A range that misses is noticed, since the masses are exact, and widened once. A cap is a threshold by count; the sample
+// tells which of the two is the higher. Groups with a row that still misses, or that is not plain (invalid weights,
+// subnormals), are left to select_group.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "select_part.cuh"
+#include "select_row_sample.cuh"
 #include "select_row_threshold.cuh"
 
 namespace specattn::inline v0_1::detail {
@@ -28,54 +30,203 @@ class select_row : group_part {
         keys_(keys),
         each_words_((member_share(items, team.size()) / 32 + select_threads - 1) / select_threads) {}
 
-  /// Returns false, in all CTAs of the cluster, where it has not made the list.
+  /// Returns false, in all CTAs of the cluster, where it has not made the list. Several rows are united.
+  /// \pre with several rows no cap can bite, and no mass is asked for
   __device__ __forceinline__ bool run(std::ptrdiff_t group) {
-    const asked wish = asked_by(top_p);
-    if (wish == asked::forced_only) return false;
+    if (asked_by(top_p) == asked::forced_only) return false;
     const auto& weights = launch_.from.weights;
-    row_facts facts = load(weights.data() + group * weights.stride(0), weights.stride(2));
-    team_.meet();
-    facts = exchange(facts);
-    if (facts.max_key > largest_finite_bits || needs_lift(facts.max_key) || !(facts.sum <= 3e38f)) return false;
-    mass_ = row_mass{mass_scale(facts.max_key)};
-    std::uint64_t kept = forced_words();
-    if (wish == asked::everything) {
-      if (items > limit) return false;
-      return emit_list(group, whole_words(), range.first, items);
+    const T* row = weights.data() + group * weights.stride(0);
+    const std::ptrdiff_t rows = weights.extent(1);
+    std::uint64_t united = 0;
+    for (std::ptrdiff_t i = 0; i < rows; ++i, row += weights.stride(1)) {
+      if (i > 0) __syncthreads();  // all have read what they keep of the last row
+      if (!choose(row, weights.stride(2))) return false;
+      united |= kept_;
     }
-    key_range guess = guess_range((1.0f - top_p) * facts.sum, facts.max_key);
-    select_row_threshold threshold(team_, memory_, mass_, facts.max_key);
-    std::uint64_t inside = sweep(guess, facts.max_key, kept);
-    const auto for_each = [&](auto visit) {
-      for (std::uint64_t left = inside; left != 0; left &= left - 1) visit(key_at(left));
-    };
-    if (!threshold.find(guess, top_p, for_each)) {
-      guess = whole_bins(guess, facts.max_key);
-      kept = forced_words();
-      inside = sweep(guess, facts.max_key, kept);
-      if (!threshold.find(guess, top_p, for_each)) return false;
-    }
-    const row_verdict verdict = memory_.verdict;
-    if (verdict.total > limit) return false;
-    std::uint64_t equal = 0;
-    for (; inside != 0; inside &= inside - 1) {
-      const std::uint64_t bit = inside & (0 - inside);
-      const std::uint32_t key = key_at(bit);
-      if (key > verdict.key) kept |= bit;
-      if (key == verdict.key) equal |= bit;
-    }
-    keep_ties(equal, verdict.ties, kept);
-    return emit_list(group, kept, verdict.start, verdict.total);
+    if (rows > 1) place_union(united);
+    return emit_list(group, united, start_, count_);
   }
 
  private:
-  static constexpr int sampled_bins = sample_bins / select_threads;  // of a thread
-  static_assert(sampled_bins == 2);
-  static constexpr std::uint32_t reach = (1u << 25) - 1;  // from a range's middle: doubt_bins hold eight octaves
   struct row_facts {
     std::uint32_t max_key;
     float sum;
   };
+
+  /// Chooses from a row what the thread keeps of its words, and finds the CTA's place in the list. False where
+  /// select_group has to.
+  __device__ __forceinline__ bool choose(const T* row, std::ptrdiff_t stride) {
+    const bool everything = asked_by(top_p) == asked::everything;
+    row_facts facts = load(row, stride);
+    team_.meet();
+    facts = exchange(facts);
+    if (facts.max_key > largest_finite_bits || needs_lift(facts.max_key) || !(facts.sum <= 3e38f)) return false;
+    const std::int32_t forced_count = forced.head + (items - forced.tail);
+    if (items > limit && forced_count >= limit) return false;
+    if (everything && items <= limit) {
+      kept_ = whole_words();
+      start_ = range.first;
+      count_ = items;
+      return true;
+    }
+    mass_ = row_mass{mass_scale(facts.max_key)};
+    take_out_forced();
+    select_row_sample sample(team_, memory_, items);
+    const float tails[2] = {(1.0f - top_p) * facts.sum, static_cast<float>(items - limit)};
+#pragma unroll 1
+    for (int i = everything ? 1 : 0; i <= (items > limit ? 1 : 0); ++i)
+      sample.guess(i == 0 ? chosen_by::mass : chosen_by::count, tails[i], static_cast<float>(forced_count),
+                   facts.max_key);
+    return search(everything, facts.max_key);
+  }
+
+  /// Looks for the threshold of the mass or of the cap, whichever should be the higher, and then for the other where it
+  /// is not; where a guess misses, in a wider range.
+  __device__ __forceinline__ bool search(bool everything, std::uint32_t max_key) {
+    chosen_by by = chosen_by::mass;
+    key_range guess = everything ? key_range{0, 0} : select_row_sample::guessed(memory_, by);
+    if (items > limit) {
+      const key_range other = select_row_sample::guessed(memory_, chosen_by::count);
+      if (everything || other.low > guess.low) {
+        by = chosen_by::count;
+        guess = other;
+      }
+    }
+    select_row_threshold threshold(team_, memory_, mass_, max_key);
+    bool wider = false;
+    for (;;) {
+      kept_ = forced_words();
+      const std::uint64_t inside = sweep(guess, by, max_key);
+      const auto for_each = [&](auto visit) { each_doubt(inside, visit); };
+      if (threshold.find(guess, by, top_p, limit, for_each)) {
+        if (resolve(inside, by, everything)) return true;
+        by = by == chosen_by::mass ? chosen_by::count : chosen_by::mass;
+        guess = select_row_sample::guessed(memory_, by);
+        wider = false;
+      } else {
+        if (wider) return false;
+        guess = select_row_sample::whole_bins(guess, max_key);
+        wider = true;
+      }
+      team_.sync();  // peers have read what this CTA told
+      memory_.clear_search(team_.thread());
+      __syncthreads();
+    }
+  }
+
+  /// Adds to the kept what the threshold keeps of the keys in doubt. False if the other threshold is the higher.
+  __device__ __forceinline__ bool resolve(std::uint64_t inside, chosen_by by, bool everything) {
+    const row_verdict verdict = memory_.verdict;
+    if (verdict.total > limit) return false;
+    start_ = verdict.start;
+    count_ = verdict.total;
+    std::uint64_t mine = 0;
+    if (verdict.ties == row_verdict::all_ties && memory_.doubtful_count <= doubt_room) {
+      mine = keep_listed(verdict.key);
+    } else {
+      const std::uint64_t sure = kept_;
+      std::uint64_t equal = 0;
+      for (std::uint64_t left = inside; left != 0; left &= left - 1) {
+        const std::uint64_t bit = left & (0 - left);
+        const std::uint32_t key = key_at(left);
+        if (key > verdict.key) kept_ |= bit;
+        if (key == verdict.key) equal |= bit;
+      }
+      keep_ties(equal, verdict.ties);
+      for (std::uint64_t left = kept_ & ~sure; left != 0; left &= left - 1) mine += mass_(key_at(left));
+    }
+    if (by == chosen_by::mass || (everything && launch_.out.mass.empty())) {
+      if (by == chosen_by::count) status |= selection_capped;
+      return true;
+    }
+    const member_masses sums = sum_masses(mine);
+    if (team_.thread() == 0) memory_.chosen_mass = sums.kept;
+    if (!everything && sums.kept >= target_mass(top_p, sums.all)) return false;
+    status |= selection_capped;
+    return true;
+  }
+
+  /// visit(key) for the CTA's keys in doubt, `inside` of them this thread's; some thread visits each.
+  template <class Visit>
+  __device__ __forceinline__ void each_doubt(std::uint64_t inside, Visit visit) const {
+    const std::uint32_t count = memory_.doubtful_count;
+    if (count > doubt_room) {
+      for (std::uint64_t left = inside; left != 0; left &= left - 1) visit(key_at(left));
+      return;
+    }
+    for (std::uint32_t i = static_cast<std::uint32_t>(team_.thread()); i < count; i += select_threads)
+      visit(keys_[place(memory_.doubtful[i])]);
+  }
+
+  /// Lists the CTA's keys in doubt, which lie unevenly with its threads.
+  __device__ __forceinline__ void list_doubts(std::uint64_t inside) {
+    const std::int32_t mine = __popcll(static_cast<long long>(inside));
+    const std::int32_t end = warp_prefix(mine);
+    std::uint32_t at = 0;
+    if (team_.lane() == 31 && end > 0) at = atomicAdd(&memory_.doubtful_count, static_cast<std::uint32_t>(end));
+    at = __shfl_sync(~0u, at, 31) + static_cast<std::uint32_t>(end - mine);
+    const auto list = [&](std::uint32_t bits, std::int32_t before) {
+      for (; bits != 0 && at < doubt_room; bits &= bits - 1, ++at)
+        memory_.doubtful[at] = static_cast<std::uint16_t>(before + __ffs(static_cast<int>(bits)));
+    };
+    list(static_cast<std::uint32_t>(inside), first_word() * 32 - 1);
+    list(static_cast<std::uint32_t>(inside >> 32), first_word() * 32 + 31);
+    __syncthreads();
+  }
+
+  /// Keeps the listed keys from `least` on; returns the mass of those this thread has met.
+  __device__ __forceinline__ std::uint64_t keep_listed(std::uint32_t least) {
+    std::uint32_t* words = memory_.sample;  // peers have read it
+    static_assert(sample_bins == 2 * select_threads);
+    words[first_word()] = static_cast<std::uint32_t>(kept_);
+    if (each_words_ > 1) words[first_word() + 1] = static_cast<std::uint32_t>(kept_ >> 32);
+    __syncthreads();
+    std::uint64_t mass = 0;
+    for (std::uint32_t i = static_cast<std::uint32_t>(team_.thread()); i < memory_.doubtful_count;
+         i += select_threads) {
+      const std::uint32_t position = memory_.doubtful[i];
+      const std::uint32_t key = keys_[place(static_cast<std::int32_t>(position))];
+      if (key < least) continue;
+      atomicOr(&words[position / 32], 1u << (position % 32));
+      mass += mass_(key);
+    }
+    __syncthreads();
+    kept_ = words[first_word()];
+    if (each_words_ > 1) kept_ |= std::uint64_t{words[first_word() + 1]} << 32;
+    return mass;
+  }
+
+  /// The masses of the row, and of what is kept where this thread keeps `mine` of the keys in doubt.
+  __device__ __forceinline__ member_masses sum_masses(std::uint64_t mine) {
+    mine = team_.warp_sum(mine);
+    if (team_.lane() == 0) memory_.warp_masses[team_.warp()].kept = mine;
+    __syncthreads();
+    if (team_.thread() < team_.size()) {
+      std::uint64_t block = 0;
+#pragma unroll
+      for (int warp = 0; warp < select_warps; ++warp) block += memory_.warp_masses[warp].kept;
+      team_.at_peer(memory_.doubt_masses, team_.thread())[team_.rank()] = block;
+    }
+    team_.sync();
+    member_masses sums{0, 0};
+    for (int peer = 0; peer < team_.size(); ++peer) {
+      sums.all += memory_.masses[peer].all;
+      sums.kept += memory_.masses[peer].kept + memory_.doubt_masses[peer];
+    }
+    return sums;
+  }
+
+  /// Finds the CTA's place in a list of what its threads have united.
+  __device__ __forceinline__ void place_union(std::uint64_t united) {
+    team_.sync();  // peers have read what the last row told
+    tell_masses({0, 0}, __reduce_add_sync(~0u, static_cast<std::uint32_t>(__popcll(static_cast<long long>(united)))));
+    start_ = count_ = 0;
+    for (int peer = 0; peer < team_.size(); ++peer) {
+      const auto theirs = static_cast<std::int32_t>(memory_.kept[peer]);
+      start_ += peer < team_.rank() ? theirs : 0;
+      count_ += theirs;
+    }
+  }
 
   /// Where a position of this CTA lies: fours are permuted so that threads that read their words meet no bank conflict.
   __device__ std::int32_t place(std::int32_t i) const { return i ^ ((i >> (4 + each_words_) & 7) * 4); }
@@ -157,103 +308,22 @@ class select_row : group_part {
       row_facts block{0, 0.0f};
 #pragma unroll
       for (int warp = 0; warp < select_warps; ++warp) block = join(block, memory_.warps[warp]);
-      team_.at_peer(memory_.members, team_.thread())[team_.rank()] = {block.max_key, __float_as_uint(block.sum)};
+      team_.at_peer(memory_.members[turn_], team_.thread())[team_.rank()] = {block.max_key,
+                                                                             __float_as_uint(block.sum)};
     }
     team_.sync();
     row_facts all{0, 0.0f};
-#pragma unroll
-    for (int peer = 0; peer < select_max_cluster; ++peer) {
-      if (peer < team_.size()) all = join(all, memory_.members[peer]);
-    }
+    team_.each_peer([&](int peer) { all = join(all, memory_.members[turn_][peer]); });
+    turn_ ^= 1;  // peers may be a row ahead
     return all;
   }
 
-  /// The keys that should hold the threshold: where the sampled mass of lighter ones is `tail`, to within three
-  /// standard deviations. Takes the forced keys out of the row, too.
-  __device__ __forceinline__ key_range guess_range(float tail, std::uint32_t max_key) {
+  /// Takes the forced keys out of the row.
+  __device__ __forceinline__ void take_out_forced() {
     forced_mass_ = 0;
     take_out(range.first, forced.head < range.last ? forced.head : range.last);
     take_out(forced.tail > range.first ? forced.tail : range.first, range.last);
-    float mass[sampled_bins];
-    merge_sample(mass);
-    float below;
-    select_sample_scan(memory_.sample_scan).ExclusiveSum(mass[0] + mass[1], below);
-    const float rate = static_cast<float>(items) / static_cast<float>(memory_.sampled);
-    key_range guess{0, max_key + 1};
-    std::uint32_t middle = max_key;
-    below *= rate;
-#pragma unroll
-    for (std::uint32_t i = 0; i < sampled_bins; ++i) {
-      const std::uint32_t edge = first_bin() + (i << sample_shift);
-      const float here = mass[i] * rate;
-      const float margin = 3.0f * sqrtf(rate * __uint_as_float(edge + (1u << sample_shift)) * tail);
-      constexpr auto width = static_cast<float>(1u << sample_shift);
-      if (below + margin < tail) {
-        const float part = (tail - margin - below) / here;
-        guess.low = edge + (part < 1.0f ? static_cast<std::uint32_t>(part * width) : 1u << sample_shift);
-      }
-      if (below + here > tail + margin) {
-        const float part = (tail + margin - below) / here;
-        const std::uint32_t end = edge + (part > 0.0f ? static_cast<std::uint32_t>(part * width) + 1 : 0);
-        guess.high = guess.high < end ? guess.high : end;
-      }
-      if (below + here > tail && edge < middle) middle = edge;
-      below += here;
-    }
-    guess.low = __reduce_max_sync(~0u, guess.low);
-    guess.high = __reduce_min_sync(~0u, guess.high);
-    middle = __reduce_min_sync(~0u, middle);
-    if (team_.lane() == 0) {
-      atomicMax(&memory_.guess.low, guess.low);
-      atomicMin(&memory_.guess.high, guess.high);
-      atomicMin(&memory_.middle, middle);
-    }
-    __syncthreads();
-    guess = memory_.guess;
-    middle = memory_.middle;
-    if (guess.high - middle > reach) guess.high = middle + reach;
-    if (guess.low > guess.high) guess.low = guess.high;  // nothing: a miss
-    if (guess.width() > 2 * reach) guess.low = guess.high - 2 * reach;
-    return guess;
   }
-
-  /// The first of the thread's bins of the sample, as a key.
-  __device__ std::uint32_t first_bin() const {
-    return static_cast<std::uint32_t>(team_.thread()) * sampled_bins << sample_shift;
-  }
-
-  /// The cluster's sampled mass in the thread's bins; also counts what was sampled.
-  __device__ __forceinline__ void merge_sample(float (&mass)[sampled_bins]) {
-    std::uint32_t counts[sampled_bins] = {};
-#pragma unroll
-    for (int peer = 0; peer < select_max_cluster; ++peer) {
-      if (peer >= team_.size()) continue;
-      const uint2 part = reinterpret_cast<const uint2*>(team_.at_peer(memory_.sample, peer))[team_.thread()];
-      counts[0] += part.x;
-      counts[1] += part.y;
-    }
-    const std::uint32_t sampled = __reduce_add_sync(~0u, counts[0] + counts[1]);
-    if (team_.lane() == 0) atomicAdd(&memory_.sampled, sampled);
-#pragma unroll
-    for (std::uint32_t i = 0; i < sampled_bins; ++i) {
-      const float middle = __uint_as_float(first_bin() + (i << sample_shift) + (1u << (sample_shift - 1)));
-      mass[i] = counts[i] > 0 ? static_cast<float>(counts[i]) * middle : 0.0f;
-    }
-  }
-
-  /// For a second try: all of the sample's bins that a range touches. Keys that are tied leave gaps in them, where the
-  /// guess took them to be evenly spread.
-  __device__ __forceinline__ key_range whole_bins(key_range guess, std::uint32_t max_key) {
-    team_.sync();  // peers have read this CTA's counts
-    memory_.counts[0][team_.thread()] = {0, 0};
-    if (team_.thread() == 0) memory_.mine = {0, 0};
-    __syncthreads();
-    const std::uint32_t low = guess.low >> sample_shift << sample_shift;
-    const std::uint32_t end = ((guess.high >> sample_shift) + 1) << sample_shift;
-    const std::uint32_t high = end < max_key + 1 ? end : max_key + 1;
-    return {high - low > 2 * reach ? high - 2 * reach : low, high};
-  }
-
   __device__ __forceinline__ void take_out(std::int32_t first, std::int32_t last) {
     for (std::int32_t item = first + team_.thread(); item < last; item += select_threads) {
       std::uint32_t& key = keys_[place(item - range.first)];
@@ -265,31 +335,24 @@ class select_row : group_part {
   /// Splits a word of keys by the range, and adds their masses: all, and those above.
   __device__ __forceinline__ void split_word(std::int32_t word, key_range guess, split_masses& all,
                                              split_masses& above, std::uint32_t& heavy, std::uint32_t& inside) const {
-    const auto width = static_cast<std::int32_t>(guess.width());
+    std::uint32_t not_below = 0;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const uint4 four = reinterpret_cast<const uint4*>(keys_)[place(word * 32 + i * 4) / 4];
       const std::uint32_t key[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float weight = __uint_as_float(key[j]);
-        const float high = fmaf(weight, mass_.scale, split_masses::upper);
-        const float rest = fmaf(weight, mass_.scale, split_masses::upper - high) + split_masses::lower;
-        all.parts[0] += __float_as_uint(high);
-        all.parts[1] += __float_as_uint(rest);
-        const auto distance = static_cast<std::int32_t>(key[j] - guess.low);
-        if (distance >= width) {
-          above.parts[0] += __float_as_uint(high);
-          above.parts[1] += __float_as_uint(rest);
-          heavy |= 1u << (i * 4 + j);
-        }
-        if (static_cast<std::uint32_t>(distance) < static_cast<std::uint32_t>(width)) inside |= 1u << (i * 4 + j);
+        const split_mass mass(__uint_as_float(key[j]), mass_.scale);
+        all.add(mass);
+        above.add_if(key[j] >= guess.high, mass, heavy, 1u << (i * 4 + j));
+        if (key[j] >= guess.low) not_below |= 1u << (i * 4 + j);
       }
     }
+    inside = not_below & ~heavy;
   }
 
-  /// Adds the keys above the range to `kept` and returns those inside it, counted; tells every CTA this one's masses.
-  __device__ __forceinline__ std::uint64_t sweep(key_range guess, std::uint32_t max_key, std::uint64_t& kept) {
+  /// Adds the keys above the range to the kept and returns those inside it, counted; tells every CTA this one's masses.
+  __device__ __forceinline__ std::uint64_t sweep(key_range guess, chosen_by by, std::uint32_t max_key) {
     split_masses all, above;
     std::uint64_t inside = 0;
     std::uint64_t heavy = 0;
@@ -303,14 +366,16 @@ class select_row : group_part {
       inside |= std::uint64_t{inside_bits} << (word * 32);
     }
     const std::uint64_t forced_mass = team_.warp_sum(forced_mass_);
-    kept |= heavy;
+    inside &= whole_words() & ~kept_;  // by count a key of 0 is a key
+    kept_ |= heavy;
     const member_masses mine{forced_mass + all.of_warp(words * 32),
                              forced_mass + above.of_warp(__popcll(static_cast<long long>(heavy)))};
-    const auto bins = doubt_bins::of(guess, mass_, max_key);
+    const auto bins = doubt_bins::of(guess, mass_, max_key, by);
     doubt_bins::adder counted{bins, memory_.counts[0]};
-    for (std::uint64_t left = inside; left != 0; left &= left - 1) counted.add(key_at(left));
+    list_doubts(inside);
+    each_doubt(inside, [&](std::uint32_t key) { counted.add(key); });
     counted.flush();
-    tell_masses(mine, __reduce_add_sync(~0u, static_cast<std::uint32_t>(__popcll(static_cast<long long>(kept)))));
+    tell_masses(mine, __reduce_add_sync(~0u, static_cast<std::uint32_t>(__popcll(static_cast<long long>(kept_)))));
     return inside;
   }
 
@@ -337,15 +402,15 @@ class select_row : group_part {
   }
 
   /// Of the row's keys on the threshold this CTA keeps the first `ties`.
-  __device__ __forceinline__ void keep_ties(std::uint64_t equal, std::int32_t ties, std::uint64_t& kept) {
+  __device__ __forceinline__ void keep_ties(std::uint64_t equal, std::int32_t ties) {
     if (ties == row_verdict::all_ties) {
-      kept |= equal;
+      kept_ |= equal;
       return;
     }
     std::int32_t before;
     select_count_scan(memory_.count_scan).ExclusiveSum(__popcll(static_cast<long long>(equal)), before);
     __syncthreads();
-    for (; before < ties && equal != 0; ++before, equal &= equal - 1) kept |= equal & (0 - equal);
+    for (; before < ties && equal != 0; ++before, equal &= equal - 1) kept_ |= equal & (0 - equal);
   }
 
   /// Writes the CTA's part of the list; the first CTA writes what belongs to the whole.
@@ -353,26 +418,33 @@ class select_row : group_part {
                                             std::int32_t total) {
     std::int32_t at, count;
     select_count_scan(memory_.count_scan).ExclusiveSum(__popcll(static_cast<long long>(kept)), at, count);
-    // Staged, so that memory is written in whole lines; permuted, so that dense words meet no bank conflicts.
-    const auto staged = [&](std::int32_t i) -> std::uint32_t& { return keys_[i ^ (i / 256 % 32)]; };
-    const std::int32_t before_first = range.first + first_word() * 32 - 1;
-    const auto stage = [&](std::uint32_t bits, std::int32_t before) {
-      for (; bits != 0; bits &= bits - 1, ++at)
-        staged(at) = static_cast<std::uint32_t>(before + __ffs(static_cast<int>(bits)));
-    };
-    stage(static_cast<std::uint32_t>(kept), before_first);
-    stage(static_cast<std::uint32_t>(kept >> 32), before_first + 32);
-    __syncthreads();
     const auto& positions = launch_.out.positions;
+    const std::ptrdiff_t step = select_threads * positions.stride(1);
     std::int32_t* to =
         positions.data() + group * positions.stride(0) + (start + team_.thread()) * positions.stride(1);
-    const std::ptrdiff_t step = select_threads * positions.stride(1);
-    static_assert(select_threads == 256);
-    std::int32_t flip = 0;
-    for (std::int32_t i = team_.thread(); i < count; i += select_threads, ++flip, to += step)
-      *to = static_cast<std::int32_t>(keys_[i ^ (flip & 31)]);
+    if (count == range.last - range.first) {
+      for (std::int32_t i = range.first + team_.thread(); i < range.last; i += select_threads, to += step) *to = i;
+    } else {
+      // Staged, so that memory is written in whole lines.
+      const std::int32_t first = range.first + first_word() * 32;
+      std::uint32_t* staged = keys_ + at;
+      stage_word(static_cast<std::uint32_t>(kept), first, staged);
+      stage_word(static_cast<std::uint32_t>(kept >> 32), first + 32, staged);
+      __syncthreads();
+#pragma unroll 4
+      for (std::int32_t i = team_.thread(); i < count; i += select_threads, to += step)
+        *to = static_cast<std::int32_t>(keys_[i]);
+    }
     if (team_.rank() == 0) report(group, total);
     return true;
+  }
+
+  /// Stages the positions of a word's bits. No loop over the bits: lanes have different numbers.
+  __device__ __forceinline__ static void stage_word(std::uint32_t bits, std::int32_t first, std::uint32_t*& staged) {
+#pragma unroll
+    for (std::int32_t i = 0; i < 32; ++i) {
+      if ((bits & 1u << i) != 0) *staged++ = static_cast<std::uint32_t>(first + i);
+    }
   }
 
   __device__ __forceinline__ void report(std::ptrdiff_t group, std::int32_t count) const {
@@ -393,8 +465,12 @@ class select_row : group_part {
   select_row_memory& memory_;
   std::uint32_t* keys_;
   int each_words_;  // of a thread: 1 or 2
+  int turn_ = 0;
   row_mass mass_{};
   std::uint64_t forced_mass_ = 0;  // of the forced keys this thread took out
+  std::uint64_t kept_ = 0;         // of the thread's words, and
+  std::int32_t start_ = 0;         // where the CTA's part of the list starts, and
+  std::int32_t count_ = 0;         // the whole list's length: of the last row
 };
 
 }  // namespace specattn::inline v0_1::detail

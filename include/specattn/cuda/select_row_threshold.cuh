@@ -16,6 +16,11 @@ inline constexpr int sample_shift = 22;
 using select_sample_scan = cub::BlockScan<float, select_threads, cub::BLOCK_SCAN_WARP_SCANS>;
 using select_count_scan = cub::BlockScan<std::int32_t, select_threads, cub::BLOCK_SCAN_WARP_SCANS>;
 
+inline constexpr std::uint32_t doubt_room = 1024;  // keys in doubt of a CTA: a few in a hundred of 2^14
+
+/// What a choice goes by: a share of the mass, or, where a cap bites, the number of positions.
+enum class chosen_by { mass, count };
+
 /// Keys [low, high).
 struct key_range {
   std::uint32_t low;
@@ -24,20 +29,51 @@ struct key_range {
   __device__ bool holds(std::uint32_t key) const { return key - low < width(); }
 };
 
-/// A thread's masses, each as two sums of 32 bits: rounded to a multiple of 2^20 by one addition, and the rest to an
-/// integer by another. The constants' own bits are subtracted in the end.
-struct split_masses {
+/// The mass of a weight in two parts, of which only sums of integers are taken: rounded to a multiple of 2^20 by one
+/// addition, and the rest to an integer by another. The constants' own bits are subtracted in the end.
+struct split_mass {
   static constexpr float upper = 0x1.8p43f;
   static constexpr float lower = 0x1.8p23f;
+  std::uint32_t parts[2];
+
+  __device__ __forceinline__ split_mass(float weight, float scale) {
+    const float high = fmaf(weight, scale, upper);
+    parts[0] = __float_as_uint(high);
+    parts[1] = __float_as_uint(fmaf(weight, scale, (upper + lower) - high));  // both sums of constants are exact
+  }
+};
+
+/// A thread's masses.
+struct split_masses {
   std::uint32_t parts[2] = {0, 0};
+
+  __device__ __forceinline__ void add(const split_mass& mass) {
+    parts[0] += mass.parts[0];
+    parts[1] += mass.parts[1];
+  }
+  /// Adds a mass and sets a bit, if so. Three predicated instructions: the compiler would select and add.
+  __device__ __forceinline__ void add_if(bool so, const split_mass& mass, std::uint32_t& bits, std::uint32_t bit) {
+#if defined(__CUDA_ARCH__)
+    asm("{\n.reg .pred so;\nsetp.ne.u32 so, %3, 0;\n@so add.u32 %0, %0, %4;\n@so add.u32 %1, %1, %5;\n"
+        "@so or.b32 %2, %2, %6;\n}"
+        : "+r"(parts[0]), "+r"(parts[1]), "+r"(bits)
+        : "r"(static_cast<std::uint32_t>(so)), "r"(mass.parts[0]), "r"(mass.parts[1]), "r"(bit));
+#else
+    if (!so) return;
+    add(mass);
+    bits |= bit;
+#endif
+  }
 
   /// The warp's mass, where this thread has added `count` weights, 64 at most.
   __device__ std::uint64_t of_warp(int count) const {
     const auto n = static_cast<std::uint32_t>(count);
-    const std::uint32_t mine = parts[0] - n * __float_as_uint(upper);  // below 2^27; a warp's sum may be 2^32
+    const std::uint32_t mine =
+        parts[0] - n * __float_as_uint(split_mass::upper);  // below 2^27; a warp's sum may be 2^32
     const std::uint64_t high =
         (std::uint64_t{__reduce_add_sync(~0u, mine >> 16)} << 16) + __reduce_add_sync(~0u, mine & 0xffffu);
-    const auto rest = static_cast<std::int32_t>(__reduce_add_sync(~0u, parts[1] - n * __float_as_uint(lower)));
+    const auto rest =
+        static_cast<std::int32_t>(__reduce_add_sync(~0u, parts[1] - n * __float_as_uint(split_mass::lower)));
     return (high << 20) + static_cast<std::uint64_t>(std::int64_t{rest});
   }
 };
@@ -64,13 +100,16 @@ struct row_verdict {
 
 /// The shared memory of one CTA, keys aside.
 struct select_row_memory {
-  std::uint32_t sample[sample_bins];  ///< how many sampled weights lie in a bin
-  uint2 counts[2][select_threads];    ///< of the keys in doubt, of two rounds: see doubt_bins
+  std::uint32_t sample[sample_bins];   ///< how many sampled weights lie in a bin
+  uint2 counts[2][select_threads];     ///< of the keys in doubt, of two rounds: see doubt_bins
+  std::uint16_t doubtful[doubt_room];  ///< the CTA's positions of the keys in doubt, if there is room
+  std::uint32_t doubtful_count;
   std::uint32_t sampled;
-  key_range guess;
-  std::uint32_t middle;
-  uint2 warps[select_warps], members[select_max_cluster];
+  key_range guess[2];  ///< by mass, and by count
+  std::uint32_t middle[2];
+  uint2 warps[select_warps], members[2][select_max_cluster];  ///< of two rows
   member_masses warp_masses[select_warps], masses[select_max_cluster];
+  std::uint64_t doubt_masses[select_max_cluster];                   ///< kept of the keys in doubt
   std::uint32_t warp_kept[select_warps], kept[select_max_cluster];  ///< how many are kept without doubt
   member_counts mine, doubts[2][select_max_cluster];                ///< of two rounds
   std::uint32_t nearest_mine[32], nearest[select_max_cluster][32];
@@ -83,15 +122,22 @@ struct select_row_memory {
   select_count_scan::TempStorage count_scan;
   select_scan::TempStorage mass_scan;
 
+  /// For another row.
   __device__ void clear(int thread) {
     for (int i = thread; i < sample_bins; i += select_threads) sample[i] = 0;
+    clear_search(thread);
+    if (thread == 0) sampled = 0;
+    if (thread >= 2) return;
+    guess[thread] = {0, ~0u};
+    middle[thread] = ~0u;
+  }
+  /// For another search of the same row.
+  __device__ void clear_search(int thread) {
     counts[0][thread] = {0, 0};
     if (thread < select_max_cluster) above[thread] = equal[thread] = 0;
     if (thread > 0) return;
-    sampled = 0;
     mine = {0, 0};
-    guess = {0, ~0u};
-    middle = ~0u;
+    doubtful_count = 0;
   }
 };
 
@@ -104,11 +150,13 @@ struct doubt_bins {
   int shift;
   float scale;
   std::uint32_t linear_exponent;  ///< keys of this exponent and more have exact masses
+  chosen_by by;
 
   /// \pre the range is less than 2^26 wide: the sums over a CTA's 2^14 keys then fit 32 bits; the row is not lifted
-  __device__ static doubt_bins of(key_range range, row_mass mass, std::uint32_t max_key) {
+  __device__ static doubt_bins of(key_range range, row_mass mass, std::uint32_t max_key, chosen_by by) {
     const int shift = 32 - __clz(static_cast<int>(range.width() / (select_threads - 1)));
-    return {(range.high - 1) >> shift, shift, mass.scale, (max_key >> 23) - 17};
+    const std::uint32_t linear_exponent = by == chosen_by::mass ? (max_key >> 23) - 17 : 0;
+    return {(range.high - 1) >> shift, shift, mass.scale, linear_exponent, by};
   }
   __device__ key_range keys(std::uint32_t bin) const { return {(top - bin) << shift, (top - bin + 1) << shift}; }
 
@@ -135,7 +183,9 @@ struct doubt_bins {
       sum = {0, 0};
     }
   };
+  /// The bin's mass; by count, how many keys it has.
   __device__ std::uint64_t mass_of(std::uint32_t bin, std::uint64_t first, std::uint64_t second) const {
+    if (by == chosen_by::count) return first;
     const std::uint32_t lowest = keys(bin).low;
     const std::uint32_t exponent = lowest >> 23;
     if (exponent < linear_exponent) return (first << 12) + second;
@@ -143,40 +193,53 @@ struct doubt_bins {
   }
 };
 
+/// The sum of x over the lanes up to this one.
+__device__ __forceinline__ std::int32_t warp_prefix(std::int32_t x) {
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const std::int32_t other = __shfl_up_sync(~0u, x, distance);
+    if (select_team::lane() >= distance) x += other;
+  }
+  return x;
+}
+
 class select_row_threshold {
  public:
   __device__ __forceinline__ select_row_threshold(select_team& team, select_row_memory& memory, row_mass mass,
                                                   std::uint32_t max_key)
       : team_(team), memory_(memory), mass_(mass), max_key_(max_key) {}
 
-  /// Finds the threshold in `range`, where every CTA has told its masses and counted its keys; for_each(visit) visits
-  /// the thread's keys there. False, in all CTAs, if it lies elsewhere.
+  /// Finds, in `range`, the threshold of a share top_p of the mass, or of `limit` positions. Every CTA has told its
+  /// masses and counted its keys; for_each(visit) visits the thread's keys there. False, in all CTAs, if the threshold
+  /// lies elsewhere.
   template <class ForEach>
-  __device__ __forceinline__ bool find(key_range range, float top_p, ForEach for_each) {
+  __device__ __forceinline__ bool find(key_range range, chosen_by by, float top_p, std::int32_t limit,
+                                       ForEach for_each) {
+    by_ = by;
     std::uint64_t total = 0;
     std::uint64_t chosen = 0;
-#pragma unroll
-    for (int peer = 0; peer < select_max_cluster; ++peer) {
-      const member_masses theirs = memory_.masses[peer];
-      total += peer < team_.size() ? theirs.all : 0;
-      chosen += peer < team_.size() ? theirs.kept : 0;
-    }
-    const std::uint64_t target = target_mass(top_p, total);
+    std::uint64_t count = 0;
+    team_.each_peer([&](int peer) {
+      total += memory_.masses[peer].all;
+      chosen += memory_.masses[peer].kept;
+      count += memory_.kept[peer];
+    });
+    if (by == chosen_by::count) chosen = count;
+    const std::uint64_t target =
+        by == chosen_by::count ? static_cast<std::uint64_t>(limit) : target_mass(top_p, total);
     if (target <= chosen) return false;
     need_ = target - chosen;
     for (int round = 0;; round ^= 1) {
       if (!narrow(range, round)) return false;
       tell(range, round, for_each);
       std::uint32_t doubts = 0;
-#pragma unroll
-      for (int peer = 0; peer < select_max_cluster; ++peer)
-        doubts += peer < team_.size() ? memory_.doubts[round][peer].inside : 0;
+      team_.each_peer([&](int peer) { doubts += memory_.doubts[round][peer].inside; });
       if (doubts > 32 && range.width() > 1) continue;
       if (team_.warp() == 0) {
         const auto found = doubts > 32 ? all_equal(range.low, round) : find_nearest(round);
         if (team_.lane() == 0) {
           memory_.total_mass = total;
-          memory_.chosen_mass = target - need_ + found.mass;
+          memory_.chosen_mass = target - need_ + found.mass;  // by count: not yet the mass
         }
         give_verdict(found, round);
       }
@@ -188,20 +251,14 @@ class select_row_threshold {
  private:
   /// Narrows the range to the bin that holds the threshold; false if none does.
   __device__ __forceinline__ bool narrow(key_range& range, int round) {
-    const auto bins = doubt_bins::of(range, mass_, max_key_);
-    uint2 parts[select_max_cluster];
-#pragma unroll
-    for (int peer = 0; peer < select_max_cluster; ++peer) {
-      parts[peer] = {0, 0};
-      if (peer < team_.size()) parts[peer] = team_.at_peer(memory_.counts[round], peer)[team_.thread()];
-    }
+    const auto bins = doubt_bins::of(range, mass_, max_key_, by_);
     std::uint64_t first = 0;
     std::uint64_t second = 0;
-#pragma unroll
-    for (int peer = 0; peer < select_max_cluster; ++peer) {
-      first += parts[peer].x;
-      second += parts[peer].y;
-    }
+    team_.each_peer([&](int peer) {
+      const uint2 part = team_.at_peer(memory_.counts[round], peer)[team_.thread()];
+      first += part.x;
+      second += part.y;
+    });
     const std::uint64_t here = bins.mass_of(static_cast<std::uint32_t>(team_.thread()), first, second);
     std::uint64_t above, inside;
     select_scan(memory_.mass_scan).ExclusiveSum(here, above, inside);
@@ -222,24 +279,32 @@ class select_row_threshold {
   /// Tells every CTA how this one's keys lie to the range, and up to 32 of them; counts them for another round.
   template <class ForEach>
   __device__ __forceinline__ void tell(key_range range, int round, ForEach for_each) {
-    const auto bins = doubt_bins::of(range, mass_, max_key_);
+    const auto bins = doubt_bins::of(range, mass_, max_key_, by_);
     doubt_bins::adder counted{bins, memory_.counts[round ^ 1]};
-    const volatile std::uint32_t& told = memory_.mine.inside;
     std::uint32_t above = 0;
-    std::uint32_t inside = 0;  // more than are told one by one
+    std::uint32_t inside = 0;
     for_each([&](std::uint32_t key) {
       above += key >= range.high ? 1 : 0;
       if (!range.holds(key)) return;
       counted.add(key);
-      const std::uint32_t at = told > 32 ? told : atomicAdd(&memory_.mine.inside, 1u);
-      if (at < 32) memory_.nearest_mine[at] = key;
-      if (at > 32) ++inside;
+      ++inside;
     });
     counted.flush();
     above = __reduce_add_sync(~0u, above);
-    inside = __reduce_add_sync(~0u, inside);
-    if (team_.lane() == 0 && above > 0) atomicAdd(&memory_.mine.above, above);
-    if (team_.lane() == 0 && inside > 0) atomicAdd(&memory_.mine.inside, inside);
+    const auto end = static_cast<std::uint32_t>(warp_prefix(static_cast<std::int32_t>(inside)));
+    std::uint32_t at = 0;
+    if (team_.lane() == 31) {
+      if (above > 0) atomicAdd(&memory_.mine.above, above);
+      if (end > 0) at = atomicAdd(&memory_.mine.inside, end);
+    }
+    at = __shfl_sync(~0u, at, 31) + end - inside;
+    if (inside > 0 && at < 32) {
+      for_each([&](std::uint32_t key) {
+        if (!range.holds(key)) return;
+        if (at < 32) memory_.nearest_mine[at] = key;
+        ++at;
+      });
+    }
     __syncthreads();
     const member_counts mine = memory_.mine;
     const int peer = team_.warp();
@@ -252,11 +317,13 @@ class select_row_threshold {
     team_.sync();
   }
 
+  __device__ std::uint64_t mass_of(std::uint32_t key) const { return by_ == chosen_by::count ? 1 : mass_(key); }
+
   /// The threshold where every key left is `key`; by one warp.
   __device__ __forceinline__ threshold<std::uint32_t> all_equal(std::uint32_t key, int round) {
     if (team_.lane() < team_.size()) memory_.equal[team_.lane()] = memory_.doubts[round][team_.lane()].inside;
     __syncwarp();
-    const std::uint64_t one = mass_(key);
+    const std::uint64_t one = mass_of(key);
     const std::uint64_t ties = (need_ + one - 1) / one;
     return {key, ties, ties * one};
   }
@@ -267,18 +334,17 @@ class select_row_threshold {
     int owner = 0;
     std::uint32_t place = 0;
     std::uint32_t count = 0;
-#pragma unroll
-    for (int peer = 0; peer < select_max_cluster; ++peer) {
-      const std::uint32_t theirs = peer < team_.size() ? memory_.doubts[round][peer].inside : 0;
+    team_.each_peer([&](int peer) {
+      const std::uint32_t theirs = memory_.doubts[round][peer].inside;
       if (rank - count < theirs) {
         owner = peer;
         place = rank - count;
       }
       count += theirs;
-    }
+    });
     const bool real = rank < count;
     const std::uint32_t key = real ? memory_.nearest[owner][place] : 0;
-    const std::uint64_t one = mass_(key);
+    const std::uint64_t one = mass_of(key);
     std::uint64_t above = 0;
     std::uint32_t equal = 0;
     for (int i = 0; i < static_cast<int>(count); ++i) {
@@ -305,7 +371,7 @@ class select_row_threshold {
     const bool real = peer < team_.size();
     const auto ties = static_cast<std::int32_t>(found.ties);
     const std::int32_t equal = real ? static_cast<std::int32_t>(memory_.equal[peer]) : 0;
-    const std::int32_t equal_end = prefix(equal);
+    const std::int32_t equal_end = warp_prefix(equal);
     const std::int32_t before = equal_end - equal < ties ? equal_end - equal : ties;
     const std::int32_t mine = (equal_end < ties ? equal_end : ties) - before;
     const std::int32_t count =
@@ -313,24 +379,17 @@ class select_row_threshold {
                                          memory_.above[peer]) +
                    mine
              : 0;
-    const std::int32_t end = prefix(count);
+    const std::int32_t end = warp_prefix(count);
     const std::int32_t total = __shfl_sync(~0u, end, 31);
     if (peer == team_.rank())
       memory_.verdict = {found.key, mine == equal ? row_verdict::all_ties : mine, end - count, total};
-  }
-  __device__ static std::int32_t prefix(std::int32_t x) {
-#pragma unroll
-    for (int distance = 1; distance < 32; distance *= 2) {
-      const std::int32_t other = __shfl_up_sync(~0u, x, distance);
-      if (select_team::lane() >= distance) x += other;
-    }
-    return x;
   }
 
   const select_team& team_;
   select_row_memory& memory_;
   row_mass mass_;
   std::uint32_t max_key_;
+  chosen_by by_ = chosen_by::mass;
   std::uint64_t need_ = 0;
 };
 

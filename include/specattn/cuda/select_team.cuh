@@ -173,6 +173,20 @@ class select_team {
   /// Masses of the bins; valid from merge() to the next clear().
   __device__ const std::uint64_t* merged() const { return memory_.merged; }
 
+  /// visit(peer) for every member. Most clusters are small, so that eight predicated visits would be a waste.
+  template <class Visit>
+  __device__ __forceinline__ void each_peer(Visit visit) const {
+    if (size_ <= 2) {
+      visit(0);
+      if (size_ > 1) visit(1);
+      return;
+    }
+#pragma unroll
+    for (int peer = 0; peer < select_max_cluster; ++peer) {
+      if (peer < size_) visit(peer);
+    }
+  }
+
   /// Where a peer keeps what this CTA keeps at `mine`.
   template <class T>
   __device__ T* at_peer(T* mine, int peer) const {

@@ -22,6 +22,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__ thread_local
@@ -297,6 +298,11 @@ template <class T, class U>
 T atomicAdd(T* sum, U x) {
   const T old = *sum;
   *sum += static_cast<T>(x);
+  return old;
+}
+inline unsigned atomicOr(unsigned* bits, unsigned x) {
+  const unsigned old = *bits;
+  *bits |= x;
   return old;
 }
 inline unsigned atomicMax(unsigned* most, unsigned x) {

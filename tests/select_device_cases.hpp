@@ -1,0 +1,77 @@
+// What select() on the device does its own way, and must do as the CPU does. Needs `cuda_fixture`: the device's, or the
+// emulated one.
+#pragma once
+
+#include <cmath>
+
+#include "cpu_fixture.hpp"
+#include "select_problem.hpp"
+#include "specattn/cpu/select.hpp"
+
+namespace select_testing {
+
+inline void same_as_cpu(cuda_fixture& fixture, cpu_fixture& cpu, const problem<float>& p) {
+  const answer want = solve(cpu, p);
+  const answer got = solve(fixture, p);
+  CHECK(got.counts == want.counts);
+  CHECK(got.positions == want.positions);
+  CHECK(got.mass == want.mass);
+  CHECK(got.status == want.status);
+}
+
+/// Rows of every kind, of each group's first rows: ties, flat and peaked ones, and one without mass.
+inline void fill_kinds(problem<float>& p, std::mt19937& random) {
+  fill_mixed(p, random);
+  for (std::ptrdiff_t i = 0; i < p.kv_len; ++i) {
+    const float u = static_cast<float>(random() % 65536u + 1) / 65536.0f;
+    p.at(0, 0, i) = 0x1.fffffep-3f;                             // all equal, as heavy as a mass can be
+    p.at(1, 0, i) = static_cast<float>(1u << (random() % 8u));  // heavy ties
+    p.at(2, 0, i) = u;
+    p.at(3, 0, i) = std::exp(-12.0f * u);
+    p.at(4, 0, i) = i == p.kv_len / 2 ? 1.0f : 1e-9f * u;  // one-hot
+    p.at(5, 0, i) = i % 3 == 0 ? u : 0.0f;                 // zeros that only a count sees
+  }
+}
+
+TEST_CASE("select on the device: caps of any depth give the CPU's lists, masses and flags") {
+  cuda_fixture fixture;
+  cpu_fixture cpu;
+  std::mt19937 random(58);
+  for (const std::ptrdiff_t length : {700, 16384, 40000}) {
+    for (const float top_p : {0.5f, 0.95f, 1.0f}) {
+      for (const std::ptrdiff_t cap : {std::ptrdiff_t{21}, length / 10, length / 2, length * 7 / 10, length - 1}) {
+        specattn::selection_rule rule;
+        rule.top_p = top_p;
+        rule.max_tokens = static_cast<std::int32_t>(cap);
+        if (cap == length / 2) rule.recent = static_cast<std::int32_t>(length / 5);
+        auto p = dense_problem<float>(8, 1, length, rule);
+        fill_kinds(p, random);
+        p.wants_mass = cap != length / 10;
+        same_as_cpu(fixture, cpu, p);
+      }
+    }
+  }
+}
+
+TEST_CASE("select on the device: unions whose mass nobody asks for are the CPU's lists") {
+  cuda_fixture fixture;
+  cpu_fixture cpu;
+  std::mt19937 random(59);
+  for (const std::ptrdiff_t length : {1, 33, 5000, 16384, 40000}) {
+    for (const float top_p : {0.3f, 0.95f, 1.0f}) {
+      for (const std::ptrdiff_t rows : {2, 5}) {
+        specattn::selection_rule rule;
+        rule.top_p = top_p;
+        auto p = dense_problem<float>(8, rows, length, rule);
+        fill_kinds(p, random);
+        p.wants_mass = false;
+        p.kv_lens.assign(8, static_cast<std::int32_t>(length));
+        p.kv_lens[6] = static_cast<std::int32_t>(length / 2);
+        if (length > 100) p.at(7, 1, 50) = -1.0f;  // the whole group is swept
+        same_as_cpu(fixture, cpu, p);
+      }
+    }
+  }
+}
+
+}  // namespace select_testing
