@@ -219,7 +219,7 @@ TEST_CASE_TEMPLATE(
   using B = typename Fixture::backend;
   specattn::mixture_fit<B> fit(1, 2, 1);
   const std::vector<float> target{1, 2, 1}, shared{1, 2, 0, 0, 0, 0}, own{0, 0, 0};
-  fit.add(on.context(), on.matrix(target, 1), on.matrix(shared, 2), {own.data(), {1, 1, 3}});
+  fit.add(on.context(), on.matrix(target, 1), on.matrix(shared, 2), on.shaped(own, {1, 1, 3}));
   const auto got = fit.solve(on.context());
   CHECK(got.coefficients[0] > 0.999f);
   CHECK(std::isfinite(got.divergence[0]));

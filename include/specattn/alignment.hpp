@@ -190,7 +190,9 @@ inline std::vector<std::int32_t> monotone_layer_map(view<const float, 2> diverge
 ///   mean()                    vector [target_rows, draft_rows], zeros before the first sample
 ///
 /// \cost of add(): (target_rows + draft_rows) * length logarithms, target_rows * draft_rows * length multiply-adds
-/// incomplete? include <specattn/specattn.hpp>; there is no cuda specialisation yet
+/// \sync cuda: add() is queued on the context's stream; samples() and mean() wait for it, and it is mean() that throws for a
+///       broken sample
+/// incomplete? include <specattn/specattn.hpp>, for cuda <specattn/cuda.cuh>
 template <backend B = cpu>
 class divergence_accumulator;
 
@@ -210,7 +212,9 @@ class divergence_accumulator;
 ///                                   more than `tolerance` nats; a mixture_result. Throws contract_error without samples
 ///
 /// \cost of solve(): an iteration reads every sample once for each group: 4 * signals flop and a logarithm a position
-/// incomplete? include <specattn/specattn.hpp>; there is no cuda specialisation yet
+/// \sync cuda: add() allocates and is queued; solve() waits once an iteration, and it is solve() that throws for a broken
+///       sample
+/// incomplete? include <specattn/specattn.hpp>, for cuda <specattn/cuda.cuh>
 template <backend B = cpu>
 class mixture_fit;
 

@@ -1,6 +1,7 @@
 // What a CUDA user includes: the core and the device's specialisations. Needs nvcc and the toolkit's CUB.
 #pragma once
 
+#include "cuda/alignment.cuh"
 #include "cuda/attend.cuh"
 #include "cuda/context.cuh"
 #include "cuda/decode.cuh"
