@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs what is missing, builds the mini-LLM and lets the embedded pair of models write after the embedded prompt,
-# with the report against autoregressive and dense speculative decoding. Further arguments go to `mini_llm generate`.
+# with the report against autoregressive and dense speculative decoding; where CUDA was built and a GPU answers, on the GPU
+# too. Further arguments go to `mini_llm generate`.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
@@ -18,3 +19,7 @@ if ! build >"$log" 2>&1; then
   exit 1
 fi
 "$root/build/bin/mini_llm" generate --compare "$@"
+if grep -q '^CMAKE_CUDA_COMPILER:' "$root/build/CMakeCache.txt" && nvidia-smi >/dev/null 2>&1; then
+  echo "demo: the same on the GPU" >&2
+  "$root/build/bin/mini_llm" generate --compare --device cuda "$@"
+fi

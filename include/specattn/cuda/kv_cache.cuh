@@ -28,6 +28,17 @@ struct kv_write {
   bool wide = false;  // four elements at a time
 };
 
+/// Where a slot goes. row < 0: the slot is of no sequence.
+struct kv_place {
+  std::int32_t row, position;
+};
+
+__device__ inline kv_place place_behind(const pass_layout<cuda>& layout, std::ptrdiff_t slot) {
+  const std::int32_t s = sequence_of(layout.slot_offsets, slot);
+  if (s == layout.sequences()) return {-1, 0};
+  return {layout.cache_rows[s], layout.kv_lens[s] + static_cast<std::int32_t>(slot - layout.slot_offsets[s])};
+}
+
 /// A warp takes one head of one slot; blockIdx.y says whether its key or its value.
 template <storage T>
 __global__ void __launch_bounds__(kv_threads) kv_write_kernel(const __grid_constant__ kv_write<T> args) {
@@ -40,14 +51,10 @@ __global__ void __launch_bounds__(kv_threads) kv_write_kernel(const __grid_const
   const auto head = static_cast<std::int32_t>(item % layer.kv_heads);
   const view<const float, 3, cuda>& from = blockIdx.y == 0 ? args.k : args.v;
   if (slot >= from.extent(0)) return;
-  std::int32_t row = args.row, position = args.first + static_cast<std::int32_t>(slot);
-  if (!args.layout.slot_offsets.empty()) {
-    const std::int32_t s = sequence_of(args.layout.slot_offsets, slot);
-    if (s == args.layout.sequences()) return;
-    row = args.layout.cache_rows[s];
-    position = args.layout.kv_lens[s] + static_cast<std::int32_t>(slot - args.layout.slot_offsets[s]);
-  }
-  T* to = (blockIdx.y == 0 ? layer.keys : layer.values) + layer.offset(row, position, head);
+  kv_place at{args.row, args.first + static_cast<std::int32_t>(slot)};
+  if (!args.layout.slot_offsets.empty()) at = place_behind(args.layout, slot);
+  if (at.row < 0) return;
+  T* to = (blockIdx.y == 0 ? layer.keys : layer.values) + layer.offset(at.row, at.position, head);
   const float* in = &from(slot, head, 0);
   const auto lane = static_cast<std::int32_t>(threadIdx.x) % 32;
   if (args.wide) {
@@ -58,6 +65,50 @@ __global__ void __launch_bounds__(kv_threads) kv_write_kernel(const __grid_const
     }
   } else {
     for (std::int32_t d = lane; d < layer.head_dim; d += 32) to[d] = from_float<T>(in[d * from.stride(2)]);
+  }
+}
+
+// ---- write rotated ------------------------------------------------------------------------------------------
+
+template <storage T>
+struct kv_write_rotated {
+  kv_view<T, cuda> layer;
+  pass_layout<cuda> layout;
+  view<float, 3, cuda> q;           // [slots, q_heads, head_dim], rotated in place
+  view<const float, 3, cuda> k, v;  // [slots, kv_heads, head_dim]
+  rotary_view<cuda> rotary;
+};
+
+/// blockIdx.x is the slot; a warp takes one head of it: the queries' heads, then the keys', then the values'.
+template <storage T>
+__global__ void __launch_bounds__(kv_threads)
+    kv_write_rotated_kernel(const __grid_constant__ kv_write_rotated<T> args) {
+  const kv_view<T, cuda>& layer = args.layer;
+  const auto q_heads = static_cast<std::int32_t>(args.q.extent(1)), half = layer.head_dim / 2;
+  const auto lane = static_cast<std::int32_t>(threadIdx.x) % 32;
+  const std::ptrdiff_t slot = blockIdx.x;
+  std::int32_t head =
+      static_cast<std::int32_t>(blockIdx.y) * (kv_threads / 32) + static_cast<std::int32_t>(threadIdx.x) / 32;
+  if (head >= q_heads + 2 * layer.kv_heads) return;
+  const auto turn = [&](std::int32_t d, float& first, float& second) {
+    rotate(rotation_at(args.rotary.positions[slot], args.rotary.inverse_frequencies[d]), first, second);
+  };
+  if (head < q_heads) {
+    for (std::int32_t d = lane; d < half; d += 32) turn(d, args.q(slot, head, d), args.q(slot, head, half + d));
+    return;
+  }
+  const kv_place at = place_behind(args.layout, slot);
+  if (at.row < 0) return;
+  head -= q_heads;
+  const bool is_key = head < layer.kv_heads;
+  if (!is_key) head -= layer.kv_heads;
+  T* const to = (is_key ? layer.keys : layer.values) + layer.offset(at.row, at.position, head);
+  for (std::int32_t d = lane; d < half; d += 32) {
+    const view<const float, 3, cuda>& from = is_key ? args.k : args.v;
+    float first = from(slot, head, d), second = from(slot, head, half + d);
+    if (is_key) turn(d, first, second);
+    to[d] = from_float<T>(first);
+    to[half + d] = from_float<T>(second);
   }
 }
 
@@ -132,6 +183,16 @@ struct kv_cache_impl<cuda> {
   static void write(context<cuda>& ctx, const kv_view<T, cuda>& layer, const pass_layout<cuda>& layout,
                     view<const float, 3, cuda> k, view<const float, 3, cuda> v) {
     start(ctx, kv_write<T>{.layer = layer, .k = k, .v = v, .layout = layout});
+  }
+
+  template <storage T>
+  static void write_rotated(context<cuda>& ctx, const kv_view<T, cuda>& layer, const pass_layout<cuda>& layout,
+                            view<float, 3, cuda> q, view<const float, 3, cuda> k, view<const float, 3, cuda> v,
+                            const rotary_view<cuda>& rotary) {
+    if (q.extent(0) == 0) return;
+    const std::ptrdiff_t heads = q.extent(1) + 2 * layer.kv_heads;
+    const dim3 grid(static_cast<unsigned>(q.extent(0)), static_cast<unsigned>((heads - 1) / (kv_threads / 32) + 1));
+    launch(ctx, kv_write_rotated_kernel<T>, grid, kv_write_rotated<T>{layer, layout, q, k, v, rotary});
   }
 
   static void publish(context<cuda>& ctx, const std::int32_t* entries, std::ptrdiff_t count, std::int32_t* table) {
