@@ -97,14 +97,18 @@ void keep_random(problem<T>& p, double share, std::uint32_t seed = 7) {
   }
 }
 
-template <class Fixture, specattn::storage T>
-specattn::kv_cache<T, typename Fixture::backend> filled_cache(Fixture& fixture, const problem<T>& p) {
-  const auto& shape = p.shape;
+inline specattn::kv_cache_shape cache_shape(const pass_shape& shape) {
   std::int32_t longest = 1;
   for (std::size_t s = 0; s < shape.slots.size(); ++s) longest = std::max(longest, shape.kv_lens[s] + shape.slots[s]);
   const auto sequences = static_cast<std::int32_t>(shape.slots.size());
-  specattn::kv_cache<T, typename Fixture::backend> cache(
-      {sequences, 2, shape.kv_heads, shape.head_dim, longest, shape.page_size, 0});
+  return {sequences, 2, shape.kv_heads, shape.head_dim, longest, shape.page_size, 0};
+}
+
+/// Writes a problem's rows to an empty cache of its shape.
+template <class Fixture, specattn::storage T>
+void fill(Fixture& fixture, const problem<T>& p, specattn::kv_cache<T, typename Fixture::backend>& cache) {
+  const auto& shape = p.shape;
+  const std::int32_t sequences = cache.shape().sequences, longest = cache.shape().max_positions;
   std::vector<specattn::buffer<float, typename Fixture::backend>> keys, values;
   for (const auto& t : p.texts) {
     keys.push_back(fixture.upload(t.k));
@@ -123,6 +127,12 @@ specattn::kv_cache<T, typename Fixture::backend> filled_cache(Fixture& fixture, 
       cache.advance(s, count);
     }
   }
+}
+
+template <class Fixture, specattn::storage T>
+specattn::kv_cache<T, typename Fixture::backend> filled_cache(Fixture& fixture, const problem<T>& p) {
+  specattn::kv_cache<T, typename Fixture::backend> cache(cache_shape(p.shape));
+  fill(fixture, p, cache);
   return cache;
 }
 
@@ -317,16 +327,22 @@ differences compare(const problem<T>& p, const answer& a) {
   return d;
 }
 
-/// Runs a problem and checks everything it returned against the oracle.
+/// Runs a problem over a cache that holds its rows and checks everything it returned against the oracle.
 template <class Fixture, specattn::storage T>
-void agrees_with_oracle(Fixture& fixture, const problem<T>& p) {
-  const auto d = compare(p, run(fixture, p));
+void agrees_with_oracle(Fixture& fixture, const problem<T>& p,
+                        const specattn::kv_cache<T, typename Fixture::backend>& cache) {
+  const auto d = compare(p, run(fixture, p, cache));
   constexpr double tolerance = Fixture::template tolerance<T>;
   CHECK_FALSE(!(d.out <= tolerance));  // NaN fails too
   CHECK_FALSE(!(d.lse <= tolerance));
   CHECK_FALSE(!(d.weights <= tolerance));
   CHECK_FALSE(!(d.sum <= 2e-5));
   CHECK(d.untouched_behind);
+}
+
+template <class Fixture, specattn::storage T>
+void agrees_with_oracle(Fixture& fixture, const problem<T>& p) {
+  agrees_with_oracle(fixture, p, filled_cache(fixture, p));
 }
 
 }  // namespace attend_testing

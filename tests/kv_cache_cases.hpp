@@ -221,6 +221,7 @@ TEST_CASE_TEMPLATE("kv_cache: rows are rounded to the storage type exactly as fr
   };
   check(specattn::fp16{});
   check(specattn::bf16{});
+  check(specattn::fp8_e4m3{});
 }
 
 TEST_CASE_TEMPLATE("kv_cache: k and v may have any strides", Fixture, kv_cache_fixture) {

@@ -1,15 +1,17 @@
-// bf16 and fp16: every bit pattern, and rounding against an independent method.
+// bf16, fp16 and fp8_e4m3: every bit pattern, and rounding against an independent method.
 #include "specattn/scalar.hpp"
 
 #include <doctest/doctest.h>
 
 #include <bit>
 #include <cmath>
+#include <concepts>
 #include <cstdint>
 #include <random>
 
 using specattn::bf16;
 using specattn::fp16;
+using specattn::fp8_e4m3;
 
 namespace {
 
@@ -26,26 +28,38 @@ double meaning(std::uint32_t bits, int exponent_bits, int mantissa_bits) {
 
 double meaning(fp16 x) { return meaning(x.bits, 5, 10); }
 double meaning(bf16 x) { return meaning(x.bits, 8, 7); }
+/// The highest exponent counts like the others, but for the one pattern that is not a number.
+double meaning(fp8_e4m3 x) {
+  if ((x.bits & 0x7f) == 0x7f) return std::nan("");
+  if ((x.bits & 0x78) == 0x78) return ((x.bits & 0x80) != 0 ? -256.0 : 256.0) * (1.0 + (x.bits & 7) / 8.0);
+  return meaning(x.bits, 4, 3);
+}
+
+template <class T>
+using bits_of = decltype(T::bits);
+template <class T>
+constexpr std::uint32_t patterns = 1u << (8 * sizeof(T));
 
 /// Whether `got` is the nearest number of its type to x, the even one of two: looks at the neighbours only.
 template <class T>
 bool is_nearest_even(float x, T got) {
   const double here = meaning(got);
   if (std::isnan(x)) return std::isnan(here);
-  if (std::isinf(x)) return here == static_cast<double>(x);
+  if (std::isinf(x)) return here == (std::same_as<T, fp8_e4m3> ? std::copysign(448.0, x) : static_cast<double>(x));
   if (std::signbit(here) != std::signbit(x)) return false;
-  const std::uint16_t magnitude = got.bits & 0x7fff;
+  const std::uint32_t magnitude = got.bits & (patterns<T> / 2 - 1);
   const double distance = std::abs(here - static_cast<double>(x));
   if (std::isinf(here)) {  // past the largest number by half a step or more
-    const double limit = meaning(T{static_cast<std::uint16_t>(magnitude - 1)});
-    const double below = meaning(T{static_cast<std::uint16_t>(magnitude - 2)});
+    const double limit = meaning(T{static_cast<bits_of<T>>(magnitude - 1)});
+    const double below = meaning(T{static_cast<bits_of<T>>(magnitude - 2)});
     return std::abs(static_cast<double>(x)) >= limit + (limit - below) / 2;
   }
   for (int step : {-1, 1}) {
     if (magnitude == 0 && step < 0) continue;
-    double other = meaning(T{static_cast<std::uint16_t>(got.bits + step)});
-    if (std::isinf(other))  // stands where the next number would be
-      other = here + (here - meaning(T{static_cast<std::uint16_t>(got.bits - 1)}));
+    double other = meaning(T{static_cast<bits_of<T>>(got.bits + step)});
+    if (std::isnan(other)) continue;  // behind the largest, which everything beyond becomes
+    if (std::isinf(other))            // stands where the next number would be
+      other = here + (here - meaning(T{static_cast<bits_of<T>>(got.bits - 1)}));
     const double away = std::abs(other - static_cast<double>(x));
     if (away < distance || (away == distance && (got.bits & 1) != 0)) return false;
   }
@@ -55,8 +69,8 @@ bool is_nearest_even(float x, T got) {
 template <class T>
 int wrong_patterns() {
   int wrong = 0;
-  for (std::uint32_t bits = 0; bits < 65536; ++bits) {
-    const T x{static_cast<std::uint16_t>(bits)};
+  for (std::uint32_t bits = 0; bits < patterns<T>; ++bits) {
+    const T x{static_cast<bits_of<T>>(bits)};
     const double want = meaning(x);
     const float wide = specattn::to_float(x);
     if (std::isnan(want)) {
@@ -80,9 +94,9 @@ int wrong_roundings() {
   };
   std::mt19937 engine(17);
   for (int i = 0; i < 1000000; ++i) check(static_cast<std::uint32_t>(engine()));
-  for (std::uint32_t bits = 0; bits < 65535; ++bits) {
-    const double low = meaning(T{static_cast<std::uint16_t>(bits)});
-    const double high = meaning(T{static_cast<std::uint16_t>(bits + 1)});
+  for (std::uint32_t bits = 0; bits < patterns<T> - 1; ++bits) {
+    const double low = meaning(T{static_cast<bits_of<T>>(bits)});
+    const double high = meaning(T{static_cast<bits_of<T>>(bits + 1)});
     if (!std::isfinite(low) || !std::isfinite(high)) continue;
     const auto middle = std::bit_cast<std::uint32_t>(static_cast<float>((low + high) / 2));
     for (int step = -2; step <= 2; ++step)
@@ -111,10 +125,26 @@ TEST_CASE("scalar: bf16 rounds to nearest, ties to even, over every magnitude an
   CHECK(wrong_roundings<bf16>() == 0);
 }
 
+TEST_CASE("scalar: all 256 fp8_e4m3 patterns mean what the format says and come back from float unchanged") {
+  CHECK(wrong_patterns<fp8_e4m3>() == 0);
+}
+
+TEST_CASE(
+    "scalar: fp8_e4m3 rounds to nearest, ties to even, over every magnitude and at every midpoint, and saturates") {
+  CHECK(wrong_roundings<fp8_e4m3>() == 0);
+  for (const float x : {447.9f, 448.0f, 463.9f, 464.0f, 465.0f, 1e30f, INFINITY}) {
+    CHECK(specattn::from_float<fp8_e4m3>(x).bits == 0x7e);
+    CHECK(specattn::from_float<fp8_e4m3>(-x).bits == 0xfe);
+  }
+}
+
 TEST_CASE("scalar: the rounding check itself refuses a neighbour and the odd one of a tie") {
   CHECK(is_nearest_even(1.0f, specattn::from_float<fp16>(1.0f)));
   CHECK_FALSE(is_nearest_even(1.0f, fp16{0x3c01}));
   CHECK_FALSE(is_nearest_even(1.0f + 1.0f / 2048, fp16{0x3c01}));
   CHECK(is_nearest_even(1.0f + 1.0f / 2048, fp16{0x3c00}));
   CHECK_FALSE(is_nearest_even(65519.0f, fp16{0x7c00}));
+  CHECK_FALSE(is_nearest_even(INFINITY, fp8_e4m3{0x7f}));
+  CHECK_FALSE(is_nearest_even(17.0f, fp8_e4m3{0x59}));
+  CHECK(is_nearest_even(17.0f, fp8_e4m3{0x58}));
 }

@@ -65,6 +65,11 @@ void check_attend(const attend_args<T, B>& a) {
   expects(a.kv.kv_heads > 0 && q_heads % a.kv.kv_heads == 0, "attend: ", q_heads, " q_heads over ", a.kv.kv_heads,
           " kv_heads: the first must be a multiple of the second");
   expects(head_dim == a.kv.head_dim, "attend: q has head_dim ", head_dim, ", the cache ", a.kv.head_dim);
+  for (const auto* scales : {&a.kv.key_scales, &a.kv.value_scales}) {
+    expects(scales->empty() || scaled_storage<T>, "attend: scales of a storage type that has none");
+    expects(scales->empty() || scales->extent(0) == a.kv.kv_heads, "attend: ", scales->extent(0), " scales for ",
+            a.kv.kv_heads, " kv_heads");
+  }
   expects(a.slot_offsets.extent(0) == sequences + 1, "attend: ", a.slot_offsets.extent(0), " slot_offsets for ",
           sequences, " sequences (one more is needed)");
   expects(a.out.extents() == a.q.extents(), "attend: out is [", a.out.extent(0), ", ", a.out.extent(1), ", ",

@@ -81,6 +81,8 @@ struct attention_history {
 /// stored weight times its split's scale is the weight.
 template <backend B = cpu, storage T = float>
 struct importance_args {
+  static_assert(!scaled_storage<T>,
+                "weights have no scale that 8 bits could be multiples of: use float, bf16 or fp16");
   view<const T, 4, B> draft_weights;      ///< [steps, draft layers, q_heads, capacity]
   view<const float, 4, B> split_scales;   ///< [steps, draft layers, q_heads, splits]; empty: all are 1
   std::int32_t split_len = 0;             ///< positions of a split, a multiple of split_unit

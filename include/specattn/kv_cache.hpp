@@ -72,6 +72,20 @@ class kv_cache {
       for (std::int32_t page = layout_.pages; page-- > 0;) free_.push_back(page);  // taken from the back: 0 first
     }
   }
+  /// Of fp8_e4m3: an element is a multiple of its layer's and head's scale, so a head holds magnitudes up to 448 times
+  /// that with a relative error of 2^-4 at most; larger ones are cut. A head's largest magnitude / 448 is a good scale.
+  /// \param key_scales, value_scales [layers, kv_heads], positive; not copied: they must outlive the cache. Empty: 1, as
+  ///                                 without them
+  /// \throws contract_error as above, and for scales of another shape
+  kv_cache(const kv_cache_shape& shape, view<const float, 2, B> key_scales,
+           view<const float, 2, B> value_scales) requires scaled_storage<T> : kv_cache(shape) {
+    for (const auto* scales : {&key_scales, &value_scales})
+      detail::expects(scales->empty() || (scales->extent(0) == shape.layers && scales->extent(1) == shape.kv_heads),
+                      "kv_cache: scales [", scales->extent(0), ", ", scales->extent(1), "] for ", shape.layers,
+                      " layers of ", shape.kv_heads, " kv_heads");
+    key_scales_ = key_scales;
+    value_scales_ = value_scales;
+  }
 
   const kv_cache_shape& shape() const { return shape_; }
   bool paged() const { return shape_.page_size > 0; }
@@ -115,7 +129,8 @@ class kv_cache {
 
   /// Writes new rows of one layer behind the current length (at length(row) + at …) without changing it: every
   /// layer of a pass appends, then advance() is called once. Takes pages as reserve() does where they are missing.
-  /// \param k, v [count, kv_heads, head_dim] float, rounded to the storage type (nearest, ties to even)
+  /// \param k, v [count, kv_heads, head_dim] float, rounded to the storage type (nearest, ties to even), of fp8_e4m3
+  ///               times 1 / the head's scale
   void append(context<B>& ctx, std::int32_t layer, std::int32_t row, view<const float, 3, B> k,
               view<const float, 3, B> v, std::int32_t at = 0) {
     check_layer(layer, "append");
@@ -233,6 +248,8 @@ class kv_cache {
     result.block_table = {table_.data(), {shape_.sequences, layout_.pages_a_row}};
     result.kv_heads = shape_.kv_heads;
     result.head_dim = shape_.head_dim;
+    if (!key_scales_.empty()) result.key_scales = key_scales_[layer];
+    if (!value_scales_.empty()) result.value_scales = value_scales_[layer];
     return result;
   }
 
@@ -357,6 +374,8 @@ class kv_cache {
   detail::kv_cache_layout layout_{kv_cache_shape{1, 1, 1, 1, 1}};
   buffer<T, B> keys_;
   buffer<T, B> values_;
+  view<const float, 2, B> key_scales_;
+  view<const float, 2, B> value_scales_;
   buffer<std::int32_t, B> table_;
   std::vector<std::int32_t> host_table_;
   std::vector<row_state> rows_;

@@ -24,6 +24,9 @@ struct kv_view {
   view<const std::int32_t, 2, B> block_table;  ///< [cache rows, pages a sequence]
   std::int32_t kv_heads = 0;
   std::int32_t head_dim = 0;
+  view<const float, 1, B>
+      key_scales;  ///< [kv_heads] of fp8_e4m3: what a head's stored keys are multiples of; empty: 1
+  view<const float, 1, B> value_scales;  ///< the same of its values
 
   SPECATTN_HD std::ptrdiff_t offset(std::int32_t row, std::int32_t position, std::int32_t kv_head) const {
     const std::int32_t page = page_shift >= 31 ? 0 : position >> page_shift;
@@ -36,7 +39,24 @@ struct kv_view {
   SPECATTN_HD T* value(std::int32_t row, std::int32_t position, std::int32_t kv_head) const {
     return values + offset(row, position, kv_head);
   }
+  SPECATTN_HD float key_scale(std::int32_t kv_head) const { return scale(key_scales, kv_head); }
+  SPECATTN_HD float value_scale(std::int32_t kv_head) const { return scale(value_scales, kv_head); }
+
+ private:
+  SPECATTN_HD static float scale(const view<const float, 1, B>& scales, std::int32_t kv_head) {
+    if constexpr (scaled_storage<T>) return scales.empty() ? 1.0f : scales[kv_head];
+    return 1.0f;
+  }
 };
+
+namespace detail {
+/// A number as a cache holds it, `inverse_scale` being 1 / its head's scale.
+template <storage T>
+SPECATTN_HD T stored(float x, float inverse_scale) {
+  if constexpr (scaled_storage<T>) x *= inverse_scale;
+  return from_float<T>(x);
+}
+}  // namespace detail
 
 /// Which slots of a pass belong to which sequence. A sequence may have no slots; it is then left alone.
 template <backend B = cpu>

@@ -48,6 +48,8 @@ struct selection_rule {
 /// Weights to select from. Non-negative; they need not sum to one (mass is relative to the row's own sum).
 template <storage T, backend B = cpu>
 struct importance {
+  static_assert(!scaled_storage<T>,
+                "weights have no scale that 8 bits could be multiples of: use float, bf16 or fp16");
   view<const T, 3, B> weights;             ///< [groups, rows, kv_len] any strides
   view<const std::int32_t, 1, B> kv_lens;  ///< [groups] valid positions of each group; empty: all
   view<const float, 1, B> top_p;           ///< [groups] in place of the rule's; empty: the rule's

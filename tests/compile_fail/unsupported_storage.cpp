@@ -1,4 +1,4 @@
-// Keys and values are float, bf16 or fp16.
+// Keys and values are float, bf16, fp16 or fp8_e4m3.
 // expect: storage
 // expect: double
 #include <specattn/kv_cache.hpp>

@@ -141,7 +141,8 @@ class attend_pass {
       const std::int32_t slot = a_.slot_offsets[block.sequence] + slot_of(block, row);
       const float* q = &a_.q(slot, head_of(block, row), 0);
       float* to = tile.q + row * tile.stride;
-      for (int d = 0; d < a_.kv.head_dim; ++d) to[d] = q[d * a_.q.stride(2)] * scale_;
+      const float scale = scale_ * a_.kv.key_scale(block.kv_head);
+      for (int d = 0; d < a_.kv.head_dim; ++d) to[d] = q[d * a_.q.stride(2)] * scale;
       std::fill(to + a_.kv.head_dim, to + tile.stride, 0.0f);
     }
   }
@@ -227,7 +228,7 @@ class attend_pass {
     for (int row = 0; row < block.rows; ++row) {
       const std::int32_t slot = a_.slot_offsets[block.sequence] + slot_of(block, row);
       const int head = head_of(block, row);
-      const float scale = finish_scale(m.states[row]);
+      const float scale = finish_scale(m.states[row]) * a_.kv.value_scale(block.kv_head);
       const float* sums = m.sums + row * m.tile.stride;
       float* out = &a_.out(slot, head, 0);
       for (int d = 0; d < a_.kv.head_dim; ++d) out[d * a_.out.stride(2)] = sums[d] * scale;

@@ -12,14 +12,14 @@
 
 namespace specattn::inline v0_1::detail {
 
-/// `count` floats, `stride` apart, into adjacent elements of storage.
+/// `count` floats, `stride` apart, into adjacent elements of a head whose scale is 1 / inverse_scale.
 template <storage T>
-void convert_row(const float* from, std::ptrdiff_t stride, T* to, std::int32_t count) {
+void convert_row(const float* from, std::ptrdiff_t stride, float inverse_scale, T* to, std::int32_t count) {
   std::int32_t d = 0;
-  if (stride == 1) {
-    for (; d + lanes::width <= count; d += lanes::width) lanes::load(from + d).store(to + d);
+  if constexpr (!scaled_storage<T>) {
+    for (; stride == 1 && d + lanes::width <= count; d += lanes::width) lanes::load(from + d).store(to + d);
   }
-  for (; d < count; ++d) to[d] = from_float<T>(from[d * stride]);
+  for (; d < count; ++d) to[d] = stored<T>(from[d * stride], inverse_scale);
 }
 
 /// The angles of some adjacent pairs of elements of one slot.
@@ -55,8 +55,8 @@ struct kv_cache_impl<cpu> {
     for_slots(ctx, k, [&](std::ptrdiff_t i) {
       for (std::int32_t head = 0; head < layer.kv_heads; ++head) {
         const std::ptrdiff_t to = layer.offset(row, first + static_cast<std::int32_t>(i), head);
-        convert_row(&k(i, head, 0), k.stride(2), layer.keys + to, layer.head_dim);
-        convert_row(&v(i, head, 0), v.stride(2), layer.values + to, layer.head_dim);
+        convert_row(&k(i, head, 0), k.stride(2), 1.0f / layer.key_scale(head), layer.keys + to, layer.head_dim);
+        convert_row(&v(i, head, 0), v.stride(2), 1.0f / layer.value_scale(head), layer.values + to, layer.head_dim);
       }
     });
   }
@@ -70,15 +70,16 @@ struct kv_cache_impl<cpu> {
         return layer.offset(row, first + static_cast<std::int32_t>(i), head);
       };
       for (std::int32_t head = 0; head < layer.kv_heads; ++head)
-        convert_row(&v(i, head, 0), v.stride(2), layer.values + place(head), layer.head_dim);
+        convert_row(&v(i, head, 0), v.stride(2), 1.0f / layer.value_scale(head), layer.values + place(head),
+                    layer.head_dim);
       const std::int32_t half = layer.head_dim / 2;
       for (std::int32_t d = 0; d < half; d += slot_rotation::most) {
         const slot_rotation by(rotary, i, d, half);
         for (std::int32_t head = 0; head < layer.kv_heads; ++head) {
           float low[slot_rotation::most], high[slot_rotation::most];
           by.apply(&k(i, head, d), &k(i, head, half + d), k.stride(2), low, high);
-          convert_row(low, 1, layer.keys + place(head) + d, by.count);
-          convert_row(high, 1, layer.keys + place(head) + half + d, by.count);
+          convert_row(low, 1, 1.0f / layer.key_scale(head), layer.keys + place(head) + d, by.count);
+          convert_row(high, 1, 1.0f / layer.key_scale(head), layer.keys + place(head) + half + d, by.count);
         }
       }
     });

@@ -29,6 +29,15 @@
 namespace specattn::inline v0_1::detail {
 
 #if defined(__AVX2__)
+/// 8-bit floats, each in a word of its own, as 16-bit ones of 2^-8 their value: an exponent's bits are in the same order,
+/// and subnormals stay so.
+[[gnu::always_inline]] inline __m256i halves_of_fp8(__m256i x) {
+  const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x7f)), 7);
+  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(x, _mm256_set1_epi16(0x80)), 8);
+  const __m256i nan = _mm256_cmpeq_epi16(rest, _mm256_set1_epi16(0x3f80));
+  return _mm256_or_si256(_mm256_or_si256(rest, sign), _mm256_and_si256(nan, _mm256_set1_epi16(0x7e00)));
+}
+
 /// The sum of the lanes, by halves: one fixed order.
 [[gnu::always_inline]] inline float sum_of_lanes(__m256 x) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
@@ -58,6 +67,10 @@ struct lanes {
   [[gnu::always_inline]] static lanes load(const bf16* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+  }
+  [[gnu::always_inline]] static lanes load(const fp8_e4m3* p) {
+    const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return {_mm512_mul_ps(_mm512_cvtph_ps(halves_of_fp8(wide)), _mm512_set1_ps(256.0f))};
   }
   [[gnu::always_inline]] void store(float* p) const { _mm512_storeu_ps(p, v); }
   [[gnu::always_inline]] void store(fp16* p) const {
@@ -137,6 +150,11 @@ struct lanes {
   [[gnu::always_inline]] static lanes load(const bf16* p) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     return {_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16))};
+  }
+  [[gnu::always_inline]] static lanes load(const fp8_e4m3* p) {
+    const __m128i wide = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+    const __m128i halves = _mm256_castsi256_si128(halves_of_fp8(_mm256_castsi128_si256(wide)));
+    return {_mm256_mul_ps(_mm256_cvtph_ps(halves), _mm256_set1_ps(256.0f))};
   }
   [[gnu::always_inline]] void store(float* p) const { _mm256_storeu_ps(p, v); }
   [[gnu::always_inline]] void store(fp16* p) const {
