@@ -1,6 +1,7 @@
 // attend() on the device over the verify table: 32 query heads, 8 kv heads, head_dim 128, bf16, contiguous cache. Dense,
-// over a list of everything, over random and clustered lists, single slots and recording. Every point is compared with
-// a double-precision reference before it is timed; gathers are judged by a bare one of the same rows in the same run.
+// over a list of everything, over random and clustered lists, single slots and recording; then the larger cells over
+// fp8_e4m3 with a scale for each head. Every point is compared with a double-precision reference before it is timed;
+// gathers are judged by a bare one of the same rows in the same run.
 //   attend_bench_cuda [--smoke | BATCH KV_LEN [ROW]]
 #include "specattn/cuda/attend.cuh"
 
@@ -9,6 +10,7 @@
 #include <cstring>
 #include <memory>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -18,6 +20,7 @@ namespace {
 
 using device = specattn::cuda;  // ::cuda is the toolkit's
 using specattn::bf16;
+using specattn::fp8_e4m3;
 
 constexpr std::int32_t q_heads = 32, kv_heads = 8, head_dim = 128;
 
@@ -25,8 +28,11 @@ struct cell {
   std::int32_t batch, kv_len;
   double dense_goal_us, sparse_goal_us;
 };
+constexpr cell fp8_table[] = {{8, 8192, 0, 0}, {8, 32768, 0, 0}, {16, 32768, 0, 0}};
 constexpr cell table[] = {{1, 8192, 22, 12},  {1, 32768, 60, 20},   {1, 131072, 215, 55},
                           {8, 8192, 115, 32}, {8, 32768, 420, 100}, {16, 32768, 830, 190}};
+
+constexpr float fp8_scale = 0.01f;  // of keys and values of variance one
 
 /// What is asked of a cell.
 struct row {
@@ -45,6 +51,7 @@ constexpr row rows[] = {{"dense", 6, 2, 1, false},
                         {"10 % random", 6, 0.10, 1, false},
                         {"10 % in runs of 16", 6, 0.10, 16, false},
                         {"dense, one slot", 1, 2, 1, false}};
+constexpr row fp8_rows[] = {{"dense, fp8", 6, 2, 1, false}, {"22 % random, fp8", 6, 0.22, 1, false}};
 
 __device__ float normal(std::uint64_t i, std::uint32_t seed) {
   std::uint64_t x = (i + 1) * 0x9e3779b97f4a7c15u + seed * 0xd1342543de82ef95u;
@@ -54,10 +61,11 @@ __device__ float normal(std::uint64_t i, std::uint32_t seed) {
   const float u = (static_cast<float>(x >> 40) + 0.5f) * 0x1p-24f;
   return sqrtf(-2.0f * logf(u)) * cosf(6.2831853f * static_cast<float>(x & 0xffffffu) * 0x1p-24f);
 }
-__global__ void fill(bf16* to, std::size_t count, std::uint32_t seed) {
+template <specattn::storage T>
+__global__ void fill_rows(T* to, std::size_t count, std::uint32_t seed) {
   for (std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x; i < count;
        i += std::size_t{gridDim.x} * blockDim.x)
-    to[i] = specattn::from_float<bf16>(normal(i, seed));
+    to[i] = specattn::detail::stored<T>(normal(i, seed), 1.0f / fp8_scale);
 }
 __global__ void fill(float* to, std::size_t count, std::uint32_t seed) {
   for (std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x; i < count;
@@ -66,13 +74,14 @@ __global__ void fill(float* to, std::size_t count, std::uint32_t seed) {
 }
 
 /// One layer's cache.
+template <specattn::storage T>
 struct layer {
-  specattn::buffer<bf16, device> keys, values;
+  specattn::buffer<T, device> keys, values;
   layer(std::int32_t batch, std::int32_t positions, std::uint32_t seed, cudaStream_t stream)
       : keys(static_cast<std::size_t>(batch) * kv_heads * static_cast<std::size_t>(positions) * head_dim),
         values(keys.size()) {
-    fill<<<2048, 256, 0, stream>>>(keys.data(), keys.size(), 2 * seed);
-    fill<<<2048, 256, 0, stream>>>(values.data(), values.size(), 2 * seed + 1);
+    fill_rows<<<2048, 256, 0, stream>>>(keys.data(), keys.size(), 2 * seed);
+    fill_rows<<<2048, 256, 0, stream>>>(values.data(), values.size(), 2 * seed + 1);
   }
 };
 
@@ -89,6 +98,7 @@ std::vector<std::int32_t> counting(std::int32_t count, std::int32_t step, std::i
 }
 
 /// One pass of a row of a cell, over any of the layers.
+template <specattn::storage T>
 class pass {
  public:
   pass(const cell& c, const row& r)
@@ -98,7 +108,8 @@ class pass {
         out_(q_.size()),
         offsets_(upload(counting(c.batch + 1, r.slots))),
         kv_lens_(upload(std::vector<std::int32_t>(static_cast<std::size_t>(c.batch), c.kv_len))),
-        table_(upload(counting(c.batch, 1))) {
+        table_(upload(counting(c.batch, 1))),
+        scales_(upload(std::vector<float>(kv_heads, fp8_scale))) {
     fill<<<256, 256>>>(q_.data(), q_.size(), 99);
     const std::size_t groups = static_cast<std::size_t>(c.batch) * kv_heads;
     if (r.share <= 1) keep(groups);
@@ -113,12 +124,13 @@ class pass {
     return kept + static_cast<double>(c_.batch) * kv_heads * r_.slots;
   }
   double bytes() const {
-    return rows_read() * (2 * 2 * head_dim + (r_.share <= 1 ? 4 : 0)) + 2.0 * 4 * static_cast<double>(q_.size());
+    return rows_read() * (2.0 * sizeof(T) * head_dim + (r_.share <= 1 ? 4 : 0)) +
+           2.0 * 4 * static_cast<double>(q_.size());
   }
   const specattn::buffer<std::int32_t, device>& row_numbers() const { return row_numbers_; }
 
-  specattn::attend_args<bf16, device> args(const layer& l) const {
-    specattn::attend_args<bf16, device> a;
+  specattn::attend_args<T, device> args(const layer<T>& l) const {
+    specattn::attend_args<T, device> a;
     a.q = q_.shaped({c_.batch * r_.slots, q_heads, head_dim});
     a.out = out_.shaped({c_.batch * r_.slots, q_heads, head_dim});
     a.kv.keys = l.keys.data();
@@ -129,6 +141,7 @@ class pass {
     a.kv.block_table = table_.shaped({c_.batch, 1});
     a.kv.kv_heads = kv_heads;
     a.kv.head_dim = head_dim;
+    if constexpr (specattn::scaled_storage<T>) a.kv.key_scales = a.kv.value_scales = scales_.shaped({kv_heads});
     a.slot_offsets = offsets_.shaped({c_.batch + 1});
     a.kv_lens = kv_lens_.shaped({c_.batch});
     if (r_.share <= 1) {
@@ -167,11 +180,13 @@ class pass {
   row r_;
   specattn::buffer<float, device> q_, out_, weights_;
   specattn::buffer<std::int32_t, device> offsets_, kv_lens_, table_, lists_, counts_, row_numbers_;
+  specattn::buffer<float, device> scales_;
 };
 
 /// One row of q in double precision, a CTA each: the slots of the first and of the last sequence.
+template <specattn::storage T>
 __global__ void __launch_bounds__(256)
-    reference_kernel(specattn::attend_args<bf16, device> a, double* scratch, std::ptrdiff_t capacity, float* worst) {
+    reference_kernel(specattn::attend_args<T, device> a, double* scratch, std::ptrdiff_t capacity, float* worst) {
   __shared__ double shared[256];
   const auto slots = static_cast<std::int32_t>(a.q.extent(0) / a.kv_lens.extent(0));
   const std::int32_t head = blockIdx.x % q_heads, slot = blockIdx.x / q_heads % slots;
@@ -196,10 +211,10 @@ __global__ void __launch_bounds__(256)
   double top = -1e300, sum = 0, out = 0;
   for (std::int32_t i = t; i < all; i += 256) {
     double score = 0;
-    const bf16* key = a.kv.key(s, position(i), kv_head);
+    const T* key = a.kv.key(s, position(i), kv_head);
     for (int d = 0; d < head_dim; ++d)
       score += double{a.q(s * slots + slot, head, d)} * double{specattn::to_float(key[d])};
-    weights[i] = score / sqrt(double{head_dim});
+    weights[i] = score * double{a.kv.key_scale(kv_head)} / sqrt(double{head_dim});
     top = fmax(top, weights[i]);
   }
   top = reduce(top, [](double x, double y) { return fmax(x, y); });
@@ -208,7 +223,7 @@ __global__ void __launch_bounds__(256)
   for (std::int32_t i = t / head_dim; i < all; i += 256 / head_dim)
     out += weights[i] * double{specattn::to_float(a.kv.value(s, position(i), kv_head)[t % head_dim])};
   __syncthreads();
-  shared[t] = out;
+  shared[t] = out * double{a.kv.value_scale(kv_head)};
   __syncthreads();
   float off = 0;
   if (t < head_dim)
@@ -222,7 +237,8 @@ __global__ void __launch_bounds__(256)
 }
 
 /// The largest difference from the reference; ends the program when it is too large.
-float validated(const specattn::attend_args<bf16, device>& a, const cell& c, const row& r, cudaStream_t stream) {
+template <specattn::storage T>
+float validated(const specattn::attend_args<T, device>& a, const cell& c, const row& r, cudaStream_t stream) {
   const std::ptrdiff_t capacity = c.kv_len + r.slots;
   const dim3 grid(static_cast<unsigned>(r.slots * q_heads), c.batch > 1 ? 2 : 1);
   const specattn::buffer<double, device> scratch(grid.x * grid.y * static_cast<std::size_t>(capacity));
@@ -238,17 +254,20 @@ float validated(const specattn::attend_args<bf16, device>& a, const cell& c, con
   return off;
 }
 
-/// Reads the rows that a list names, keys and values, and nothing else: two rows a warp's load, eight loads at once.
+/// Reads the rows that a list names, keys and values, and nothing else: two rows of 256 bytes or four of 128 a warp's load,
+/// eight loads at once.
+template <int Chunks>
 __global__ void __launch_bounds__(256) gather_kernel(const uint4* keys, const uint4* values,
                                                      const std::int32_t* numbers, std::int32_t count, uint4* sink) {
-  const std::int32_t lane = threadIdx.x % 16, team = (blockIdx.x * 256 + threadIdx.x) / 16, teams = gridDim.x * 16;
+  const std::int32_t lane = threadIdx.x % Chunks, team = (blockIdx.x * 256 + threadIdx.x) / Chunks;
+  const std::int32_t teams = gridDim.x * 256 / Chunks;
   uint4 sum{};
   for (std::int32_t first = team; first < count; first += 4 * teams) {
     uint4 parts[8];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const std::int32_t at = first + i * teams;
-      const std::ptrdiff_t from = std::ptrdiff_t{numbers[at < count ? at : count - 1]} * 16 + lane;
+      const std::ptrdiff_t from = std::ptrdiff_t{numbers[at < count ? at : count - 1]} * Chunks + lane;
       parts[i] = __ldg(keys + from);
       parts[4 + i] = __ldg(values + from);
     }
@@ -258,17 +277,18 @@ __global__ void __launch_bounds__(256) gather_kernel(const uint4* keys, const ui
   if (sum.x == 0x12345678u) *sink = sum;  // never, but the compiler cannot know
 }
 
-void measure(const cell& c, specattn::context<device>& ctx, bench::device_clock& clock, double copy, bool smoke,
-             const char* only = "") {
-  const double layer_bytes = 4.0 * c.batch * kv_heads * c.kv_len * head_dim;
+template <specattn::storage T>
+void measure(const cell& c, std::span<const row> rows, specattn::context<device>& ctx, bench::device_clock& clock,
+             double copy, bool smoke, const char* only = "") {
+  const double layer_bytes = 2.0 * sizeof(T) * c.batch * kv_heads * c.kv_len * head_dim;
   const int sets = smoke ? 1 : static_cast<int>(std::clamp(1e9 / layer_bytes, 2.0, 24.0));
-  std::vector<std::unique_ptr<layer>> layers;
+  std::vector<std::unique_ptr<layer<T>>> layers;
   for (int i = 0; i < sets; ++i)
-    layers.push_back(std::make_unique<layer>(c.batch, c.kv_len + 6, 7u + static_cast<unsigned>(i), ctx.stream()));
+    layers.push_back(std::make_unique<layer<T>>(c.batch, c.kv_len + 6, 7u + static_cast<unsigned>(i), ctx.stream()));
   const specattn::buffer<uint4, device> sink(1);
   for (const row& r : rows) {
     if (std::strstr(r.name, only) == nullptr) continue;
-    const pass p(c, r);
+    const pass<T> p(c, r);
     bench::check(cudaDeviceSynchronize());
     ctx.reserve_workspace(specattn::attend_workspace_bytes(
         ctx, {c.batch, c.batch * r.slots, q_heads, kv_heads, head_dim, c.kv_len + r.slots}));
@@ -279,13 +299,13 @@ void measure(const cell& c, specattn::context<device>& ctx, bench::device_clock&
       continue;
     }
     const int nodes = std::max(sets, 8);
-    const auto at = [&](int i) -> const layer& { return *layers[static_cast<std::size_t>(i % sets)]; };
+    const auto at = [&](int i) -> const layer<T>& { return *layers[static_cast<std::size_t>(i % sets)]; };
     const double us = clock.net_us([&](int i) { specattn::attend(ctx, p.args(at(i))); }, nodes);
     std::string gather = "-";
     if (r.share <= 1 && !r.record) {
       const double bare = clock.net_us(
           [&](int i) {
-            gather_kernel<<<132 * 8, 256, 0, ctx.stream()>>>(
+            gather_kernel<head_dim * sizeof(T) / 16><<<132 * 8, 256, 0, ctx.stream()>>>(
                 reinterpret_cast<const uint4*>(at(i).keys.data()),
                 reinterpret_cast<const uint4*>(at(i).values.data()), p.row_numbers().data(),
                 static_cast<std::int32_t>(p.row_numbers().size()), sink.data());
@@ -321,19 +341,25 @@ int main(int argc, char** argv) {
   bench::device_clock clock(stream);
   bench::print_device();
   if (smoke) {
-    measure({2, 700, 0, 0}, ctx, clock, 1, true);
+    measure<bf16>({2, 700, 0, 0}, rows, ctx, clock, 1, true);
+    measure<fp8_e4m3>({2, 700, 0, 0}, fp8_rows, ctx, clock, 1, true);
     return 0;
   }
   const double copy = bench::copy_bandwidth(clock, stream);
   std::printf(
       "copy: %.0f GB/s; times are graph replays less an empty node of %.2f us; %d query heads, %d kv heads, "
-      "head_dim %d, bf16, 6 slots but where it says one\n",
+      "head_dim %d, bf16 but where it says fp8, 6 slots but where it says one\n",
       copy, clock.empty_us(), q_heads, kv_heads, head_dim);
   std::printf(
       "| batch | kv_len | | us | goal us | bare gather us | MB | GB/s | of copy | off by |\n"
       "|---|---|---|---|---|---|---|---|---|---|\n");
+  const auto wanted = [&](const cell& c) {
+    return argc < 3 || (c.batch == std::atoi(argv[1]) && c.kv_len == std::atoi(argv[2]));
+  };
+  const char* only = argc > 3 ? argv[3] : "";
   for (const cell& c : table)
-    if (argc < 3 || (c.batch == std::atoi(argv[1]) && c.kv_len == std::atoi(argv[2])))
-      measure(c, ctx, clock, copy, false, argc > 3 ? argv[3] : "");
+    if (wanted(c)) measure<bf16>(c, rows, ctx, clock, copy, false, only);
+  for (const cell& c : fp8_table)
+    if (wanted(c)) measure<fp8_e4m3>(c, fp8_rows, ctx, clock, copy, false, only);
   return 0;
 }

@@ -112,9 +112,9 @@ std::size_t attend_workspace_bytes(const context<B>& ctx, const attend_shape& sh
 /// bits of the dense pass.
 ///
 /// On cuda, offsets, lengths and counts are read when the work runs: a captured graph follows them, and nothing checks
-/// them but that a count is cut to its list's row and a recording to its own. With 16-bit storage, queries and weights
-/// enter the products as sums of two elements (16 bits of them with bf16, 22 with fp16), and a value that is not finite
-/// reaches every slot of its sequence that shares a tile of positions with it.
+/// them but that a count is cut to its list's row and a recording to its own. With storage of 16 bits and of 8, queries
+/// and weights enter the products as sums of two elements (16 bits of them with bf16, 22 with fp16 and fp8_e4m3), and a
+/// value that is not finite reaches every slot of its sequence that shares a tile of positions with it.
 ///
 /// \pre    the slots' keys and values are in the cache; lists satisfy the invariants of selection_view
 /// \throws contract_error (shapes, a recording too short, a workspace too small)

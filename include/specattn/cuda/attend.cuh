@@ -78,7 +78,7 @@ struct attend_impl<cuda> {
   template <storage T>
   static void run(context<cuda>& ctx, const attend_args<T, cuda>& args) {
     if (args.q.extent(0) == 0 || args.kv_lens.extent(0) == 0) return;
-    if constexpr (tensor_storage<T>) {
+    if constexpr (tensor_storage<multiplied<T>>) {
       if (aligned(args) && run_with_columns(ctx, args)) return;
     }
     expects(start<plain_tile<T>>(ctx, args), "attend: head_dim ", args.kv.head_dim, " needs more shared memory than ",
@@ -93,7 +93,7 @@ struct attend_impl<cuda> {
   static bool aligned(const attend_args<T, cuda>& a) {
     const auto address = reinterpret_cast<std::uintptr_t>(a.kv.keys) | reinterpret_cast<std::uintptr_t>(a.kv.values);
     return address % 16 == 0 &&
-           (a.kv.head_dim | a.kv.page_stride | a.kv.position_stride | a.kv.head_stride) % 8 == 0 &&
+           (a.kv.head_dim | a.kv.page_stride | a.kv.position_stride | a.kv.head_stride) % (16 / sizeof(T)) == 0 &&
            a.kv.head_dim <= 256;
   }
 

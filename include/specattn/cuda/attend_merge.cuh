@@ -32,7 +32,7 @@ template <int Width, storage T>
 __device__ __forceinline__ void write_elements(const attend_launch<T>& launch, const device_block& b, int row,
                                                attention_state state, int d, const float (&sums)[Width]) {
   const int slot = b.sequence_slot + launch.slot_of(b, row), head = launch.head_of(b, row);
-  const float scale = finish_scale(state);
+  const float scale = finish_scale(state) * launch.args.kv.value_scale(b.kv_head);
   float* out = &launch.args.out(slot, head, d);
 #pragma unroll
   for (int k = 0; k < Width; ++k)

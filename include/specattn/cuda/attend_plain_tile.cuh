@@ -74,10 +74,10 @@ class plain_tile {
   __device__ static int warp() { return static_cast<int>(threadIdx.x) / 32; }
 
   __device__ void load_queries(const device_block& b) {
+    const float scale = launch_.scale * launch_.args.kv.key_scale(b.kv_head);
     for (int i = static_cast<int>(threadIdx.x); i < b.rows * head_dim_; i += threads) {
       const int row = i / head_dim_, d = i % head_dim_;
-      queries_[i] =
-          launch_.args.q(b.sequence_slot + launch_.slot_of(b, row), launch_.head_of(b, row), d) * launch_.scale;
+      queries_[i] = launch_.args.q(b.sequence_slot + launch_.slot_of(b, row), launch_.head_of(b, row), d) * scale;
     }
   }
 

@@ -4,7 +4,8 @@
 // asynchronous 16-byte copies, no barrier wider than the warp. Positions are the 16-high side of both products
 // (scores^T = K q^T, out^T = V^T weights^T) and query rows the 8-wide one: 24 rows are three columns of products,
 // and a score's registers, transposed in place, are the second product's operand. Queries and weights are sums of
-// two 16-bit elements each, so that only the cache's own rounding shows.
+// two 16-bit elements each, so that only the cache's own rounding shows. 8-bit storage lies in the ring as it is and is
+// converted to fp16 in registers, exactly; a key's scale meets the scores, a value's the finished sums.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -20,13 +21,16 @@ namespace specattn::inline v0_1::detail {
 
 /// \tparam HeadDim  32, 64, 128 or 256: head_dim or the next above it; the rest is zeros
 /// \tparam Columns  query rows in units of 8
-template <tensor_storage T, int HeadDim, int Columns>
+template <storage T, int HeadDim, int Columns>
 class tensor_tile {
  public:
   static constexpr int rows = 8 * Columns;
   static constexpr int warps = HeadDim > 128 ? 4 : 8;
   static constexpr int threads = 32 * warps;
-  static constexpr int most_stages = HeadDim > 128 ? 2 : HeadDim > 64 ? 3 : 4;
+  static constexpr int most_stages = sizeof(T) == 1  ? (HeadDim > 128 ? 4 : 6)
+                                     : HeadDim > 128 ? 2
+                                     : HeadDim > 64  ? 3
+                                                     : 4;
   static constexpr int pitch = HeadDim + 4;  ///< of the sums in shared memory: their stores meet no bank twice
 
   static std::size_t shared_bytes(int stages, int) { return query_bytes + warps * region_bytes(stages); }
@@ -42,6 +46,7 @@ class tensor_tile {
   __device__ void run(const device_block& b, std::int32_t begin, std::int32_t end) {
     float queries[pairs][2];
     load_queries(b, queries);
+    if constexpr (scaled_storage<T>) key_scale_ = launch_.args.kv.key_scale(b.kv_head);
     const attend_gather<T> gather(launch_.args, b);
     const std::int32_t stride = warps * attend_tile;
     std::int32_t ahead = begin + warp() * attend_tile;  // the tile whose copies start next
@@ -85,7 +90,7 @@ class tensor_tile {
       for (int e = 0; e < 4; ++e) {
         const int row = row_of(n, e);
 #pragma unroll
-        for (int d = 0; d < steps; ++d) sums[row * pitch + d * 16 + lane() / 4 + e / 2 * 8] = sums_[d][n][e];
+        for (int d = 0; d < steps; ++d) sums[row * pitch + d * 16 + element_of(e)] = sums_[d][n][e];
       }
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
@@ -105,10 +110,15 @@ class tensor_tile {
   }
 
  private:
+  using factor = multiplied<T>;
+  static_assert(tensor_storage<factor>);
+  static constexpr bool narrow = sizeof(T) == 1;  ///< two steps of the products a load, converted in registers
   static constexpr float log2_e = 1.4426950408889634f;
   static constexpr int steps = HeadDim / 16;
-  static constexpr int chunks = HeadDim / 8;  ///< of 16 bytes, in a row
-  static constexpr std::uint32_t row_bytes = HeadDim * 2;
+  static constexpr int steps_a_load = narrow ? 2 : 1;
+  static constexpr int chunk_elements = 16 / sizeof(T);  ///< of 16 bytes
+  static constexpr int chunks = HeadDim / chunk_elements;
+  static constexpr std::uint32_t row_bytes = HeadDim * sizeof(T);
   static constexpr std::uint32_t values_at = attend_tile * row_bytes;
   static constexpr std::uint32_t stage_bytes = 2 * values_at;
   static constexpr std::size_t query_bytes = Columns * steps * 32 * sizeof(uint4);
@@ -122,6 +132,8 @@ class tensor_tile {
   __device__ static int warp() { return static_cast<int>(threadIdx.x) / 32; }
   /// The row of register e of column n; registers 2 and 3 are eight positions (or eight of head_dim) further on.
   __device__ static int row_of(int n, int e) { return n * 8 + lane() % 4 * 2 + e % 2; }
+  /// Of a product's 16 elements of head_dim, the one in register e of the sums.
+  __device__ static int element_of(int e) { return narrow ? lane() / 4 * 2 + e / 2 : lane() / 4 + e / 2 * 8; }
   /// What the place of a row's chunks is turned by, so that eight rows' same chunk are in different banks.
   __device__ static constexpr std::uint32_t turn(int row) {
     constexpr int rows_a_line = chunks < 8 ? 8 / chunks : 1;
@@ -172,11 +184,12 @@ class tensor_tile {
     for (int p = 0; p < pairs; ++p) {
       const int i = p * threads + static_cast<int>(threadIdx.x), row = i / pairs_a_row, d = i % pairs_a_row * 2;
       if (row >= rows) break;
-      const split_pair pair = split<T>(x[p][0] * launch_.scale, x[p][1] * launch_.scale);
+      const split_pair pair = split<factor>(x[p][0] * launch_.scale, x[p][1] * launch_.scale);
+      const int quarter = narrow ? d % 16 / 4 : d % 8 / 2, half = narrow ? d / 2 % 2 : d / 8 % 2;
       auto* words =
-          reinterpret_cast<std::uint32_t*>(queries_ + ((row / 8) * steps + d / 16) * 32 + row % 8 * 4 + d % 8 / 2);
-      words[d / 8 % 2] = pair.high;
-      words[2 + d / 8 % 2] = pair.low;
+          reinterpret_cast<std::uint32_t*>(queries_ + ((row / 8) * steps + d / 16) * 32 + row % 8 * 4 + quarter);
+      words[half] = pair.high;
+      words[2 + half] = pair.low;
     }
   }
 
@@ -184,10 +197,10 @@ class tensor_tile {
   __device__ __forceinline__ void start_copies(std::uint32_t stage, std::ptrdiff_t offset) {
     constexpr int rows_at_once = 32 / chunks;
     const int row = lane() / chunks, chunk = lane() % chunks;
-    const bool inside = chunk < launch_.args.kv.head_dim / 8;
+    const bool inside = chunk < launch_.args.kv.head_dim / chunk_elements;
     const std::uint32_t to = stage + place(row, chunk);
-    const T* keys = launch_.args.kv.keys + chunk * 8;
-    const T* values = launch_.args.kv.values + chunk * 8;
+    const T* keys = launch_.args.kv.keys + chunk * chunk_elements;
+    const T* values = launch_.args.kv.values + chunk * chunk_elements;
 #pragma unroll
     for (int i = 0; i < attend_tile / rows_at_once; ++i) {
       const std::ptrdiff_t from = __shfl_sync(~0u, offset, i * rows_at_once + row);
@@ -202,7 +215,9 @@ class tensor_tile {
   __device__ void await_stage() const {
     if (launch_.stages == 2) return await_copies<0>();
     if (launch_.stages == 3) return await_copies<1>();
-    await_copies<2>();
+    if (most_stages <= 4 || launch_.stages == 4) return await_copies<2>();
+    if (launch_.stages == 5) return await_copies<3>();
+    await_copies<4>();
   }
 
   __device__ __forceinline__ void consume(std::uint32_t stage, std::int32_t first, std::int32_t all) {
@@ -222,20 +237,27 @@ class tensor_tile {
       for (int e = 0; e < 4; ++e) scores[n][e] = 0.0f;
     keys += place(lane() % 16, lane() / 16);
 #pragma unroll
-    for (int d = 0; d < steps; ++d) {
-      std::uint32_t k[4];
-      load_matrices(k, keys ^ static_cast<std::uint32_t>(d * 32));
+    for (int load = 0; load < steps / steps_a_load; ++load) {
+      std::uint32_t k[steps_a_load][4];
+      load_keys(k, keys ^ static_cast<std::uint32_t>(load * 32));
 #pragma unroll
-      for (int n = 0; n < Columns; ++n) {
-        const uint4 q = queries_[(n * steps + d) * 32 + lane()];
-        multiply_add<T>(scores[n], k, q.x, q.y);
-        multiply_add<T>(low[n], k, q.z, q.w);
+      for (int i = 0; i < steps_a_load; ++i) {
+#pragma unroll
+        for (int n = 0; n < Columns; ++n) {
+          const uint4 q = queries_[(n * steps + load * steps_a_load + i) * 32 + lane()];
+          multiply_add<factor>(scores[n], k[i], q.x, q.y);
+          multiply_add<factor>(low[n], k[i], q.z, q.w);
+        }
       }
     }
 #pragma unroll
-    for (int n = 0; n < Columns; ++n)
+    for (int n = 0; n < Columns; ++n) {
 #pragma unroll
-      for (int e = 0; e < 4; ++e) scores[n][e] += low[n][e];
+      for (int e = 0; e < 4; ++e) {
+        scores[n][e] += low[n][e];
+        if constexpr (scaled_storage<T>) scores[n][e] *= key_scale_;
+      }
+    }
   }
 
   __device__ __forceinline__ void mask(std::int32_t first, float (&scores)[Columns][4]) const {
@@ -311,21 +333,59 @@ class tensor_tile {
     for (int n = 0; n < Columns; ++n) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const split_pair pair = split<T>(weights[n][2 * half], weights[n][2 * half + 1]);
+        const split_pair pair = split<factor>(weights[n][2 * half], weights[n][2 * half + 1]);
         high[n][half] = transposed(pair.high);
         low[n][half] = transposed(pair.low);
       }
     }
     values += place(lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
 #pragma unroll
-    for (int d = 0; d < steps; ++d) {
-      std::uint32_t v[4];
-      load_transposed(v, values ^ static_cast<std::uint32_t>(d * 32));
+    for (int load = 0; load < steps / steps_a_load; ++load) {
+      std::uint32_t v[steps_a_load][4];
+      load_values(v, values ^ static_cast<std::uint32_t>(load * 32));
 #pragma unroll
-      for (int n = 0; n < Columns; ++n) multiply_add<T>(sums_[d][n], v, high[n][0], high[n][1]);
+      for (int i = 0; i < steps_a_load; ++i) {
+        auto& sums = sums_[load * steps_a_load + i];
 #pragma unroll
-      for (int n = 0; n < Columns; ++n) multiply_add<T>(sums_[d][n], v, low[n][0], low[n][1]);
+        for (int n = 0; n < Columns; ++n) multiply_add<factor>(sums[n], v[i], high[n][0], high[n][1]);
+#pragma unroll
+        for (int n = 0; n < Columns; ++n) multiply_add<factor>(sums[n], v[i], low[n][0], low[n][1]);
+      }
     }
+  }
+
+  /// Keys of the tile as factors, 16 elements of head_dim a step. Of 8-bit ones a lane has four adjacent elements, which
+  /// stand where 16-bit ones would have two and the two that are eight further on: queries are laid out the same way.
+  __device__ __forceinline__ static void load_keys(std::uint32_t (&k)[steps_a_load][4], std::uint32_t from) {
+    if constexpr (narrow) {
+      std::uint32_t quads[4];
+      load_matrices(quads, from);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const fp16_quad upper = widened(quads[2 * i]), lower = widened(quads[2 * i + 1]);
+        k[i][0] = upper.first, k[i][1] = lower.first, k[i][2] = upper.second, k[i][3] = lower.second;
+      }
+    } else {
+      load_matrices(k[0], from);
+    }
+  }
+  /// The same of values. Of 8-bit ones a lane has two adjacent elements of two positions: element_of() their order.
+  __device__ __forceinline__ static void load_values(std::uint32_t (&v)[steps_a_load][4], std::uint32_t from) {
+    if constexpr (narrow) {
+      std::uint32_t quads[4];
+      load_transposed(quads, from);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const fp16_quad left = widened(by_element(quads[i])), right = widened(by_element(quads[2 + i]));
+        v[i][0] = left.first, v[i][1] = left.second, v[i][2] = right.first, v[i][3] = right.second;
+      }
+    } else {
+      load_transposed(v[0], from);
+    }
+  }
+  /// Two positions' two elements as two elements' two positions.
+  __device__ __forceinline__ static std::uint32_t by_element(std::uint32_t quad) {
+    return __byte_perm(quad, 0, 0x3120);
   }
 
   const attend_launch<T>& launch_;
@@ -336,6 +396,7 @@ class tensor_tile {
   float sums_[steps][Columns][4];  ///< of weight * value
   float max_[Columns][2];
   float total_[Columns][2];  ///< of this lane's weights
+  float key_scale_ = 1.0f;   ///< of the block's head, where storage has scales
 };
 
 }  // namespace specattn::inline v0_1::detail

@@ -56,15 +56,16 @@ __global__ void __launch_bounds__(kv_threads) kv_write_kernel(const __grid_const
   if (at.row < 0) return;
   T* to = (blockIdx.y == 0 ? layer.keys : layer.values) + layer.offset(at.row, at.position, head);
   const float* in = &from(slot, head, 0);
+  const float inverse_scale = 1.0f / (blockIdx.y == 0 ? layer.key_scale(head) : layer.value_scale(head));
   const auto lane = static_cast<std::int32_t>(threadIdx.x) % 32;
   if (args.wide) {
     for (std::int32_t d = lane * 4; d < layer.head_dim; d += 128) {
       const float4 x = *reinterpret_cast<const float4*>(in + d);
-      *reinterpret_cast<four*>(to + d) = {from_float<T>(x.x), from_float<T>(x.y), from_float<T>(x.z),
-                                          from_float<T>(x.w)};
+      *reinterpret_cast<four*>(to + d) = {stored<T>(x.x, inverse_scale), stored<T>(x.y, inverse_scale),
+                                          stored<T>(x.z, inverse_scale), stored<T>(x.w, inverse_scale)};
     }
   } else {
-    for (std::int32_t d = lane; d < layer.head_dim; d += 32) to[d] = from_float<T>(in[d * from.stride(2)]);
+    for (std::int32_t d = lane; d < layer.head_dim; d += 32) to[d] = stored<T>(in[d * from.stride(2)], inverse_scale);
   }
 }
 
@@ -103,12 +104,13 @@ __global__ void __launch_bounds__(kv_threads)
   const bool is_key = head < layer.kv_heads;
   if (!is_key) head -= layer.kv_heads;
   T* const to = (is_key ? layer.keys : layer.values) + layer.offset(at.row, at.position, head);
+  const float inverse_scale = 1.0f / (is_key ? layer.key_scale(head) : layer.value_scale(head));
   for (std::int32_t d = lane; d < half; d += 32) {
     const view<const float, 3, cuda>& from = is_key ? args.k : args.v;
     float first = from(slot, head, d), second = from(slot, head, half + d);
     if (is_key) turn(d, first, second);
-    to[d] = from_float<T>(first);
-    to[half + d] = from_float<T>(second);
+    to[d] = stored<T>(first, inverse_scale);
+    to[half + d] = stored<T>(second, inverse_scale);
   }
 }
 

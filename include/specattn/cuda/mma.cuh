@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../scalar.hpp"
 
@@ -13,6 +14,10 @@ namespace specattn::inline v0_1::detail {
 /// A 16-bit type that tensor cores multiply.
 template <class T>
 concept tensor_storage = std::same_as<T, bf16> || std::same_as<T, fp16>;
+
+/// What a stored element is multiplied as: fp16 holds every fp8_e4m3.
+template <storage T>
+using multiplied = std::conditional_t<std::same_as<T, fp8_e4m3>, fp16, T>;
 
 /// The address of something in shared memory, as the instructions want it.
 __device__ inline std::uint32_t shared_address(const void* p) {
@@ -49,6 +54,30 @@ __device__ __forceinline__ std::uint32_t transposed(std::uint32_t m) {
   std::uint32_t t;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(t) : "r"(m));
   return t;
+}
+
+/// Four adjacent fp8_e4m3 as fp16, exactly.
+struct fp16_quad {
+  std::uint32_t first, second;  ///< the lower two, the upper two
+};
+__device__ __forceinline__ fp16_quad widened(std::uint32_t quad) {
+  fp16_quad wide;
+#if __CUDA_ARCH__ >= 890
+  asm("{.reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b;}"
+      : "=r"(wide.first), "=r"(wide.second)
+      : "r"(quad));
+#else
+  const auto pair = [](std::uint32_t upper_bytes) {             // of each 16 bits
+    const std::uint32_t rest = upper_bytes >> 1 & 0x3f803f80u;  // as fp16, whose exponents reach further: 2^-8 of it
+    const std::uint32_t nan = (rest + 0x00800080u) >> 14 & 0x00010001u;
+    std::uint32_t magnitude;
+    asm("mul.f16x2 %0, %1, %2;" : "=r"(magnitude) : "r"(rest), "r"(0x5c005c00u));
+    return (upper_bytes & 0x80008000u) | magnitude | nan * 0x7e00u;
+  };
+  wide.first = pair(__byte_perm(quad, 0, 0x1404));
+  wide.second = pair(__byte_perm(quad, 0, 0x3424));
+#endif
+  return wide;
 }
 
 /// sum += a · b: a is 16 × 16, b 16 × 8, the sum 16 × 8 in float.
