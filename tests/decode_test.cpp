@@ -122,6 +122,21 @@ TEST_CASE("decode: scoring equals the dense losses when everything is kept, and 
   CHECK(sparse_loss != dense_loss);
 }
 
+TEST_CASE("decode: over caches of fp8, keeping every position equals plain decoding") {
+  decode_fixture f;
+  const auto prompt = prompt_of(50, 2);
+  no_draft none;
+  no_guide dense;
+  auto plain = make_decoder<fp8_e4m3>(f.ctx, f.target, none, dense, {.draft_length = 0, .prefill_chunk = 32});
+  const auto expected = finish_row(plain, plain.add({.prompt = prompt, .max_new_tokens = 40}));
+  for (const std::int32_t page_size : {0, 8}) {
+    guided guide(flat_alignment({4, 16}, true), toy_rule(1.0f));
+    auto decoder = make_decoder<fp8_e4m3>(f.ctx, f.target, f.draft, guide,
+                                          {.draft_length = 3, .prefill_chunk = 32, .page_size = page_size});
+    CHECK(finish_row(decoder, decoder.add({.prompt = prompt, .max_new_tokens = 40})) == expected);
+  }
+}
+
 TEST_CASE("decode: a round allocates nothing") {
   decode_fixture f;
   const auto prompt = prompt_of(100, 11);
