@@ -17,6 +17,7 @@
 #include "drafter.cuh"
 #include "guide.cuh"
 #include "round_exchange.cuh"
+#include "verifier.cuh"
 
 namespace specattn::inline v0_1 {
 
@@ -34,7 +35,8 @@ concept device_guide = std::same_as<G, no_guide> || requires {
 /// step() waits for the stream once. All sequences of a round run as many draft steps as the one that drafts most; of
 /// the others, the steps beyond their own are not judged. Models get a forward_batch<cuda>.
 ///
-/// Greedy text equals the CPU's up to ties of rounding. Not on cuda: refresh_every and score().
+/// A refresh is a pass of its own before its sequence's round, which then is dense. Greedy text equals the CPU's up to
+/// ties of rounding. Not on cuda: score().
 /// last_round()'s seconds are the device's, from events between the parts of a round.
 template <storage T, class Target, class Draft, class Guide>
   requires language_model<Target, cuda> && language_model<Draft, cuda> && guide<Guide, T, cuda>
@@ -46,23 +48,22 @@ class decoder<T, Target, Draft, Guide, cuda> {
   /// \throws contract_error for models that do not fit each other or the options, a stream that cannot be captured
   /// \sync   waits for the device
   decoder(context<cuda>& ctx, Target& target, Draft& draft, Guide& guide, const decode_options& options)
-      : ctx_(&ctx), target_(&target), guide_(&guide), options_(options), shape_(target.shape()) {
+      : ctx_(&ctx), guide_(&guide), options_(options), shape_(target.shape()) {
     detail::expects(ctx.stream() != nullptr,
                     "decode: the default stream cannot be captured; give the context another");
-    detail::expects(options.refresh_every == 0, "decode: refresh_every ", options.refresh_every,
-                    "; there is no refresh on cuda");
-    sizes_ = detail::decode_sizes(shape_, draft.shape(), options_);
-    detail::check_decode(shape_, draft.shape(), options_, sizes_);
+    decode_options round = options_;
+    round.refresh_every = (std::min)(options_.refresh_every, 0);  // takes no slots of the verify pass here
+    sizes_ = detail::decode_sizes(shape_, draft.shape(), round);
+    detail::check_decode(shape_, draft.shape(), round, sizes_);
     options_.prefill_chunk = (std::min)(options_.prefill_chunk, shape_.max_slots);
     if (options_.draft_length > 0)
       options_.prefill_chunk = (std::min)(options_.prefill_chunk, draft.shape().max_slots);
-    needs_ = guide.needs();
     if (options_.adaptive && options_.draft_length > 0) {
       planner_.emplace(double(shape_.layers) * shape_.kv_heads, double(draft.shape().layers) * draft.shape().kv_heads,
                        options_.draft_length, guided);
     }
-    cache_ = kv_cache<T, cuda>(sizes_.target_cache);
-    if (options_.draft_length > 0) drafter_.emplace(draft, options_, sizes_, needs_.draft_weights);
+    verifier_.emplace(target, guide, options_, sizes_);
+    if (options_.draft_length > 0) drafter_.emplace(draft, options_, sizes_, guide.needs().draft_weights);
     guide_->prepare({shape_, options_.draft_length > 0 ? draft.shape() : model_shape{}, sizes_.sequences,
                      sizes_.positions, sizes_.verify_slots, sizes_.recorded_rows});
     allocate();
@@ -75,7 +76,7 @@ class decoder<T, Target, Draft, Guide, cuda> {
     const auto length = static_cast<std::int32_t>(request.prompt.size());
     for (std::int32_t from = 0; from < length - 1; from += options_.prefill_chunk) {
       const std::int32_t to = (std::min)(from + options_.prefill_chunk, length - 1);
-      prefill(*target_, cache_, row, from, to);
+      prefill(verifier_->model(), verifier_->cache(), row, from, to);
       if (drafter_) prefill(drafter_->model(), drafter_->cache(), row, from, to);
       progress(to, length - 1);
     }
@@ -96,7 +97,7 @@ class decoder<T, Target, Draft, Guide, cuda> {
       cache.advance(row, cached);
       cache.publish(*ctx_);
     };
-    hold(cache_);
+    hold(verifier_->cache());
     if (drafter_) hold(drafter_->cache());
     sequences_.at(row).active = true;
     return row;
@@ -106,7 +107,7 @@ class decoder<T, Target, Draft, Guide, cuda> {
   void rewind(std::int32_t row, const decode_request& request) {
     sequences_.rewind(row, request);
     const std::int32_t cached = sequences_.at(row).prompt_length - 1;
-    cache_.roll_back(row, cached);
+    verifier_->cache().roll_back(row, cached);
     if (drafter_) drafter_->cache().roll_back(row, (std::min)(drafter_->cache().length(row), cached));
     fresh_[static_cast<std::size_t>(row)] = 1;
   }
@@ -134,7 +135,7 @@ class decoder<T, Target, Draft, Guide, cuda> {
   /// Frees a row and its cached positions.
   void remove(std::int32_t row) {
     static_cast<void>(sequences_.at(row));  // refuses a row that is none
-    cache_.clear(row);
+    verifier_->cache().clear(row);
     if (drafter_) drafter_->cache().clear(row);
     sequences_.free_row(row);
   }
@@ -149,7 +150,7 @@ class decoder<T, Target, Draft, Guide, cuda> {
   const decode_options& options() const { return options_; }
   /// What adaptive rounds have learnt of costs; null where the options are not adaptive.
   const round_planner* planner() const { return planner_ ? &*planner_ : nullptr; }
-  const kv_cache<T, cuda>& target_cache() const { return cache_; }
+  const kv_cache<T, cuda>& target_cache() const { return verifier_->cache(); }
   /// \pre there is a draft
   const kv_cache<T, cuda>& draft_cache() const { return drafter_->cache(); }
 
@@ -160,18 +161,10 @@ class decoder<T, Target, Draft, Guide, cuda> {
     sequences_ = detail::sequence_table(sizes_, shape_.vocab, options_.draft_length);
     const auto rows = static_cast<std::size_t>(sizes_.sequences);
     fresh_.assign(rows, 1);
+    refreshed_.assign(rows, 0);
     exchange_ = detail::round_exchange(sizes_.sequences, options_.draft_length);
     prefill_ = detail::prefill_arrays(options_.prefill_chunk);
-    if (guided) kept_ = selection<cuda>(sizes_.target_groups, sizes_.positions);
-    if (needs_.target_weights) weights_ = buffer<float, cuda>(sizes_.target_weights);
-    const auto vocab = static_cast<std::size_t>(shape_.vocab);
-    logits_ = buffer<float, cuda>(static_cast<std::size_t>(sizes_.judged) * vocab);
-    probabilities_ = buffer<float, cuda>(rows * static_cast<std::size_t>(options_.draft_length) * vocab);
-    const std::int32_t slots = (std::max)(sizes_.verify_slots, options_.prefill_chunk);
-    const attend_shape pass{sizes_.sequences, slots,           shape_.q_heads,
-                            shape_.kv_heads,  shape_.head_dim, sizes_.positions};
-    std::size_t need = (std::max)({attend_workspace_bytes(*ctx_, pass), guide_->workspace_bytes(*ctx_),
-                                   verify_workspace_bytes(*ctx_, sizes_.judged, shape_.vocab)});
+    std::size_t need = verifier_->workspace_bytes(*ctx_, sizes_, options_.prefill_chunk);
     if (drafter_) need = (std::max)(need, drafter_->workspace_bytes(*ctx_, sizes_.sequences));
     ctx_->reserve_workspace(need);
   }
@@ -191,7 +184,7 @@ class decoder<T, Target, Draft, Guide, cuda> {
     prefill_.upload(*ctx_, {sequences_.at(row).text.data() + from, static_cast<std::size_t>(count)}, from,
                     cache.length(row), row);
     attention_pass<T, cuda> pass(*ctx_, cache, prefill_.layout());
-    model.forward(*ctx_, prefill_.batch(), pass, view<float, 2, cuda>(logits_.data(), {0, shape_.vocab}));
+    model.forward(*ctx_, prefill_.batch(), pass, verifier_->logits(0));
     cache.advance(row, count);
   }
 
@@ -228,7 +221,7 @@ class decoder<T, Target, Draft, Guide, cuda> {
       key_.drafts = (std::min)(key_.drafts, setting.draft_length);
       key_.sparse = key_.sparse && setting.sparse;
     }
-    key_.sparse = key_.sparse && (key_.drafts > 0 || !needs_.draft_weights);
+    key_.sparse = key_.sparse && (key_.drafts > 0 || !guide_->needs().draft_weights);
     key_.max_len = detail::length_bucket(longest, sizes_.positions);
     return true;
   }
@@ -249,10 +242,11 @@ class decoder<T, Target, Draft, Guide, cuda> {
         draft_cached = cache.length(row);
         cache.reserve(row, length - draft_cached + key_.drafts - 1);
       }
-      cache_.reserve(row, key_.drafts + 1);
+      const bool refreshed = refresh(row);
+      verifier_->cache().reserve(row, key_.drafts + 1);
       const std::int32_t* const end = seq.text.data() + length;
       const std::int32_t drafts = (std::min)(wanted_of(seq), key_.drafts);
-      const bool dense = length - 1 < options_.min_context || drafts == 0;
+      const bool dense = refreshed || length - 1 < options_.min_context || drafts == 0;
       const detail::sequence_input input{.cache_row = row,
                                          .text_len = length,
                                          .draft_cached = draft_cached,
@@ -263,34 +257,45 @@ class decoder<T, Target, Draft, Guide, cuda> {
                                          .drafts = drafts};
       exchange_.tell(s, input, seq.sampler);
     }
-    cache_.publish(*ctx_);
+    verifier_->cache().publish(*ctx_);
     if (drafter_) drafter_->cache().publish(*ctx_);
+  }
+
+  /// Where it is due, rewrites a row's keys and values since the last exact one. Returns whether it was.
+  bool refresh(std::int32_t row) {
+    detail::sequence_state& seq = sequences_.at(row);
+    const auto cached = static_cast<std::int32_t>(seq.text.size()) - 1;
+    const bool due =
+        options_.refresh_every > 0 && seq.rounds_since_refresh >= options_.refresh_every && seq.exact_length < cached;
+    refreshed_[static_cast<std::size_t>(row)] = due ? 1 : 0;
+    if (!due) return false;
+    verifier_->cache().roll_back(row, seq.exact_length);
+    while (seq.exact_length < cached) {
+      const std::int32_t to = (std::min)(seq.exact_length + options_.prefill_chunk, cached);
+      prefill(verifier_->model(), verifier_->cache(), row, seq.exact_length, to);
+      seq.exact_length = to;
+    }
+    return true;
   }
 
   void queue_round() {
     const auto n = static_cast<std::int32_t>(key_.rows.size());
     const detail::round_arrays round = exchange_.arrays(n, key_.drafts);
-    round_state<T, cuda> state = state_of(round);
+    const auto* const drafter = drafter_ ? &*drafter_ : nullptr;
+    round_state<T, cuda> state = verifier_->state(round, key_, drafter);
+    const detail::kept_launch lists = verifier_->lists(round, state, drafter);
+    view<float, 3, cuda> probabilities;
+    if (key_.sampled) probabilities = verifier_->probabilities(round);
     mark(0);
     exchange_.queue_inputs(*ctx_, round);
     start_layout(detail::begin_round_kernel, round);
-    view<float, 3, cuda> probabilities;
-    if (key_.sampled) probabilities = {probabilities_.data(), {n, key_.drafts, shape_.vocab}};
-    if (key_.drafts > 0) {
-      drafter_->queue(*ctx_, round, key_.max_len, probabilities);
-      start_layout(detail::take_drafted_kernel, round);
-      if (key_.sampled) {
-        detail::start_kernel(*ctx_, detail::clear_undrafted_kernel, dim3(static_cast<unsigned>(n * key_.drafts)),
-                             detail::layout_threads, detail::undrafted_launch{round, probabilities}, "decode");
-      }
-    }
+    if (key_.drafts > 0) draft(round, probabilities);
     mark(1);
-    const detail::kept_launch lists = lists_of(round, state);
-    if (key_.sparse) choose_rows(state, lists);
+    if (key_.sparse) verifier_->choose_rows(*ctx_, state, lists);
     mark(2);
-    run_target(round, state);
+    verifier_->run(*ctx_, round, state, key_.sparse);
     mark(3);
-    judge(round);
+    verifier_->judge(*ctx_, round, probabilities);
     detail::start_kernel(*ctx_, detail::report_kernel, dim3(static_cast<unsigned>(n)), 32, lists, "decode");
     exchange_.queue_outputs(*ctx_, round);
     mark(4);
@@ -300,74 +305,13 @@ class decoder<T, Target, Draft, Guide, cuda> {
     mark(5);
   }
 
-  void choose_rows(round_state<T, cuda>& state, const detail::kept_launch& lists) {
-    if constexpr (guided) {
-      guide_->before_verify(*ctx_, state);
-      const dim3 grid(detail::blocks_of(state.kept.groups(), detail::record_threads));
-      detail::start_kernel(*ctx_, detail::keep_dense_kernel, grid, detail::record_threads, lists, "decode");
-    }
-  }
-
-  round_state<T, cuda> state_of(const detail::round_arrays& round) const {
-    const std::int32_t n = round.sequences;
-    round_state<T, cuda> state;
-    state.cache_rows = key_.rows;
-    state.max_kv_len = key_.max_len;
-    state.slots = round.slots();
-    state.rows = {round.cache_rows, {n}};
-    state.kv_lens = {round.prefix_lens, {n}};
-    state.fresh = {round.fresh, {n}};
-    state.accepted = {round.accepted, {n}};
-    state.layers = shape_.layers;
-    state.kv_heads = shape_.kv_heads;
-    if (!key_.sparse) return state;
-    state.draft_weights = drafter_->weights(round);
-    state.draft_masses = drafter_->masses(round);
-    if (needs_.target_weights) {
-      state.target_weights = view<const float, 4, cuda>(
-          weights_.data(), {shape_.layers, n * round.slots(), shape_.q_heads, sizes_.recording_capacity});
-    }
-    state.kept = kept_.view().slice(0, std::ptrdiff_t{shape_.layers} * n * shape_.kv_heads);
-    return state;
-  }
-
-  detail::kept_launch lists_of(const detail::round_arrays& round, const round_state<T, cuda>& state) const {
-    detail::kept_launch lists{.round = round,
-                              .kept = state.kept,
-                              .own = {},
-                              .layers = shape_.layers,
-                              .kv_heads = shape_.kv_heads,
-                              .dense_layers = options_.dense_layers,
-                              .own_layers = 0,
-                              .own_kv_heads = 0};
-    if (!drafter_) return lists;
-    lists.own = drafter_->lists(round);
-    lists.own_layers = drafter_->shape().layers;
-    lists.own_kv_heads = drafter_->shape().kv_heads;
-    return lists;
-  }
-
-  void run_target(const detail::round_arrays& round, const round_state<T, cuda>& state) {
-    attention_pass<T, cuda> pass(*ctx_, cache_, detail::verify_layout(round));
-    if (key_.sparse) pass.guide_by(state.kept);
-    if (!state.target_weights.empty())
-      pass.record({weights_.data(), state.target_weights.extents()}, record_slots::all);
-    target_->forward(*ctx_, detail::verify_slots(round), pass,
-                     logits_.shaped({round.sequences * round.slots(), shape_.vocab}));
-  }
-
-  void judge(const detail::round_arrays& round) {
-    const std::int32_t n = round.sequences, drafted = n * round.drafts;
-    verify_args<cuda> args;
-    args.target_logits = logits_.shaped({n * round.slots(), shape_.vocab});
-    if (key_.sampled) args.draft_probabilities = view<float, 2, cuda>(probabilities_.data(), {drafted, shape_.vocab});
-    args.drafted = {round.drafted, {drafted}};
-    args.slot_offsets = {round.offsets, {n + 1}};
-    args.samplers = {round.samplers, {n}};
-    args.positions = {round.text_lens, {n}};
-    args.accepted = {round.accepted, {n}};
-    args.next_token = {round.next, {n}};
-    verify(*ctx_, args);
+  void draft(const detail::round_arrays& round, view<float, 3, cuda> probabilities) {
+    drafter_->queue(*ctx_, round, key_.max_len, probabilities);
+    start_layout(detail::take_drafted_kernel, round);
+    if (probabilities.empty()) return;
+    detail::start_kernel(*ctx_, detail::clear_undrafted_kernel,
+                         dim3(static_cast<unsigned>(round.sequences * round.drafts)), detail::layout_threads,
+                         detail::undrafted_launch{round, probabilities}, "decode");
   }
 
   void mark(std::size_t i) const { marks_[i].record(ctx_->stream()); }
@@ -395,6 +339,7 @@ class decoder<T, Target, Draft, Guide, cuda> {
     counts.kv_rows_read = out.rows_read;
     counts.kv_rows_dense = a_position * (length + exchange_.told(s).drafts);
     counts.dense_rounds = out.dense;
+    counts.refreshed = refreshed_[static_cast<std::size_t>(key_.rows[static_cast<std::size_t>(s)])];
     if (key_.drafts == 0) return counts;
     const std::int64_t drafts = key_.drafts, growth = drafts * (drafts - 1) / 2;
     const std::int64_t a_draft_position = std::int64_t{drafter_->shape().layers} * drafter_->shape().kv_heads;
@@ -419,8 +364,11 @@ class decoder<T, Target, Draft, Guide, cuda> {
     seq.counts += counts;
     trace_.counts += counts;
     const auto length = static_cast<std::int32_t>(seq.text.size());
-    cache_.advance(row, key_.drafts + 1);
-    cache_.roll_back(row, length - 1);
+    if (out.dense != 0 && before - 1 <= seq.exact_length) seq.exact_length = before + key_.drafts;
+    seq.exact_length = (std::min)(seq.exact_length, length - 1);
+    seq.rounds_since_refresh = counts.refreshed > 0 ? 0 : seq.rounds_since_refresh + 1;
+    verifier_->cache().advance(row, key_.drafts + 1);
+    verifier_->cache().roll_back(row, length - 1);
     if (key_.drafts > 0) {
       kv_cache<T, cuda>& cache = drafter_->cache();
       cache.advance(row, before - cache.length(row) + key_.drafts - 1);
@@ -433,24 +381,21 @@ class decoder<T, Target, Draft, Guide, cuda> {
   }
 
   context<cuda>* ctx_;
-  Target* target_;
   Guide* guide_;
   decode_options options_;
   model_shape shape_;
   detail::decode_sizes sizes_;
-  guide_needs needs_;
-  kv_cache<T, cuda> cache_;
+  std::optional<detail::device_verifier<T, Target, Guide>> verifier_;
   std::optional<detail::device_drafter<T, Draft>> drafter_;
   detail::sequence_table sequences_;
-  std::vector<std::int32_t> fresh_;  // [rows] 1: no guided round yet
+  std::vector<std::int32_t> fresh_;      // [rows] 1: no guided round yet
+  std::vector<std::int32_t> refreshed_;  // [rows] 1: before this round
   std::optional<round_planner> planner_;
   double kv_len_ = 0.0;  // of the round, for the planner
   detail::round_key key_;
   detail::captured_rounds graphs_;
   detail::round_exchange exchange_;
   detail::prefill_arrays prefill_;
-  selection<cuda> kept_;
-  buffer<float, cuda> weights_, logits_, probabilities_;
   detail::timing_event marks_[6];
   round_trace trace_;
 };
