@@ -10,6 +10,7 @@
 
 #include "../kv_cache.hpp"
 #include "context.cuh"
+#include "mma.cuh"
 #include "slots.cuh"
 
 namespace specattn::inline v0_1::detail {
@@ -45,6 +46,8 @@ __global__ void __launch_bounds__(kv_threads) kv_write_kernel(const __grid_const
   struct alignas(4 * sizeof(T)) four {
     T part[4];
   };
+  wait_for_previous_kernel();
+  launch_dependents();
   const kv_view<T, cuda>& layer = args.layer;
   const std::ptrdiff_t item = std::ptrdiff_t{blockIdx.x} * (kv_threads / 32) + threadIdx.x / 32;
   const std::ptrdiff_t slot = item / layer.kv_heads;
@@ -84,6 +87,8 @@ struct kv_write_rotated {
 template <storage T>
 __global__ void __launch_bounds__(kv_threads)
     kv_write_rotated_kernel(const __grid_constant__ kv_write_rotated<T> args) {
+  wait_for_previous_kernel();
+  launch_dependents();
   const kv_view<T, cuda>& layer = args.layer;
   const auto q_heads = static_cast<std::int32_t>(args.q.extent(1)), half = layer.head_dim / 2;
   const auto lane = static_cast<std::int32_t>(threadIdx.x) % 32;
@@ -194,7 +199,7 @@ struct kv_cache_impl<cuda> {
     if (q.extent(0) == 0) return;
     const std::ptrdiff_t heads = q.extent(1) + 2 * layer.kv_heads;
     const dim3 grid(static_cast<unsigned>(q.extent(0)), static_cast<unsigned>((heads - 1) / (kv_threads / 32) + 1));
-    launch(ctx, kv_write_rotated_kernel<T>, grid, kv_write_rotated<T>{layer, layout, q, k, v, rotary});
+    launch(ctx, kv_write_rotated_kernel<T>, grid, kv_write_rotated<T>{layer, layout, q, k, v, rotary}, true);
   }
 
   static void publish(context<cuda>& ctx, const std::int32_t* entries, std::ptrdiff_t count, std::int32_t* table) {
@@ -238,12 +243,19 @@ struct kv_cache_impl<cuda> {
   }
 
  private:
+  /// \param waits the kernel's CTAs may be placed while the one before it still runs: each waits for it
   template <class Arguments>
-  static void launch(context<cuda>& ctx, void (*kernel)(Arguments), dim3 grid, const Arguments& arguments) {
+  static void launch(context<cuda>& ctx, void (*kernel)(Arguments), dim3 grid, const Arguments& arguments,
+                     bool waits = false) {
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
     config.blockDim = dim3(kv_threads);
     config.stream = ctx.stream();
+    cudaLaunchAttribute early{};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &early;
+    config.numAttrs = waits && ctx.code_major() >= 9 ? 1 : 0;
     check_cuda(cudaLaunchKernelEx(&config, kernel, arguments), "kv_cache");
   }
 
@@ -252,7 +264,7 @@ struct kv_cache_impl<cuda> {
     const std::ptrdiff_t items = args.k.extent(0) * args.layer.kv_heads;
     if (items == 0) return;
     args.wide = fours(args.k) && fours(args.v);
-    launch(ctx, kv_write_kernel<T>, dim3(static_cast<unsigned>((items - 1) / (kv_threads / 32) + 1), 2), args);
+    launch(ctx, kv_write_kernel<T>, dim3(static_cast<unsigned>((items - 1) / (kv_threads / 32) + 1), 2), args, true);
   }
 
   /// Whether every row can be read four floats at a time. (The cache's own rows then can be written so.)
