@@ -1,0 +1,79 @@
+// mask_union() on the CPU: one member of the team merges the lists of one sequence and kv head.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "../mask_union.hpp"
+#include "context.hpp"
+
+namespace specattn::inline v0_1::detail {
+
+template <>
+struct mask_union_impl<cpu> {
+  static void run(context<cpu>& ctx, const mask_union_args<cpu>& args) {
+    const auto sequences = static_cast<std::int32_t>(args.kv_lens.extent(0));
+    for (std::int32_t s = 0; s < sequences; ++s) check_sequence(args, s);
+    ctx.parallel_for(args.out.groups(), [&](std::ptrdiff_t g, int) { one_union(args, g); });
+  }
+
+ private:
+  static void check_sequence(const mask_union_args<cpu>& a, std::int32_t s) {
+    const std::int32_t first = a.slot_offsets[s];
+    const std::int32_t last = a.slot_offsets[s + 1];
+    const std::ptrdiff_t slots = a.lists.groups() / a.kv_heads;
+    expects(first >= 0 && first <= last && last <= slots, "mask_union: sequence ", s, " has slots ", first, " … ",
+            last, " of ", slots);
+    expects(last - first <= union_slots, "mask_union: sequence ", s, " has ", last - first, " slots, a word ",
+            union_slots);
+    expects(a.kv_lens[s] >= 0, "mask_union: sequence ", s, " has kv_len ", a.kv_lens[s]);
+    for (std::ptrdiff_t g = std::ptrdiff_t{first} * a.kv_heads; g < std::ptrdiff_t{last} * a.kv_heads; ++g) {
+      const std::int32_t count = a.lists.counts[g];
+      expects(count == keep_all || (count >= 0 && count <= a.lists.capacity() && count <= a.kv_lens[s]),
+              "mask_union: group ", g, " has count ", count, ", capacity ", a.lists.capacity(), ", kv_len ",
+              a.kv_lens[s]);
+    }
+  }
+
+  static void one_union(const mask_union_args<cpu>& a, std::ptrdiff_t g) {
+    const std::ptrdiff_t s = g / a.kv_heads;
+    const std::int32_t first_slot = a.slot_offsets[s];
+    const std::int32_t slots = a.slot_offsets[s + 1] - first_slot;
+    slot_list lists[union_slots];
+    std::int32_t cursors[union_slots] = {};
+    std::uint32_t status = selection_ok;
+    bool everything = slots > 0;
+    for (std::int32_t i = 0; i < slots; ++i) {
+      const std::ptrdiff_t from = std::ptrdiff_t{first_slot + i} * a.kv_heads + g % a.kv_heads;
+      lists[i] = list_of(a, from, a.kv_lens[s]);
+      everything = everything && lists[i].positions == nullptr;
+      if (!a.lists.status.empty()) status |= a.lists.status[from];
+    }
+    const std::ptrdiff_t capacity = a.out.capacity();
+    std::ptrdiff_t count = 0;
+    while (!everything) {
+      std::int32_t next = slot_list::end;
+      for (std::int32_t i = 0; i < slots; ++i) next = (std::min)(next, lists[i].entry(cursors[i]));
+      if (next == slot_list::end) break;
+      if (count == capacity) {
+        status |= selection_capped;
+        break;
+      }
+      std::uint32_t word = 0;
+      for (std::int32_t i = 0; i < slots; ++i) {
+        if (lists[i].entry(cursors[i]) != next) continue;
+        word |= 1u << i;
+        ++cursors[i];
+      }
+      a.out.positions(g, count) = next;
+      a.slot_masks(g, count) = word;
+      ++count;
+    }
+    for (std::ptrdiff_t i = count; i < padded_count(count, capacity); ++i) a.out.positions(g, i) = -1;
+    a.out.counts[g] = everything ? keep_all : static_cast<std::int32_t>(count);
+    if (!a.out.status.empty()) a.out.status[g] = status;
+  }
+};
+
+}  // namespace specattn::inline v0_1::detail
