@@ -64,7 +64,7 @@ answer run(Fixture& fixture, const problem& p) {
   a.capacity = p.capacity;
   if (a.capacity == 0 && !p.kv_lens.empty()) a.capacity = *std::max_element(p.kv_lens.begin(), p.kv_lens.end());
   a.capacity = (std::max)(a.capacity, std::ptrdiff_t{1});
-  std::size_t longest = 1;
+  std::size_t longest = 0;
   for (const list& positions : p.lists) longest = (std::max)(longest, positions.size());
   std::vector<std::int32_t> entries(p.lists.size() * longest, -1), counts, offsets = {0};
   for (std::size_t i = 0; i < p.lists.size(); ++i) {

@@ -47,7 +47,7 @@ struct mask_union_impl<cpu> {
     for (std::int32_t i = 0; i < slots; ++i) {
       const std::ptrdiff_t from = std::ptrdiff_t{first_slot + i} * a.kv_heads + g % a.kv_heads;
       lists[i] = list_of(a, from, a.kv_lens[s]);
-      everything = everything && lists[i].positions == nullptr;
+      everything = everything && a.lists.counts[from] == keep_all;
       if (!a.lists.status.empty()) status |= a.lists.status[from];
     }
     const std::ptrdiff_t capacity = a.out.capacity();
