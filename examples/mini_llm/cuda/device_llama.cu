@@ -1,5 +1,6 @@
 #include "device_llama.cuh"
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -39,10 +40,10 @@ device_llama::device_llama(const model_config& config, device_weights weights, s
             count(config.max_context),
             max_slots};
   const std::vector<double> frequencies = rope_frequencies(config.rope, config.head_dim);
-  frequencies_ = buffer<double, device>(frequencies.size());
+  const std::vector<float> rounded(frequencies.begin(), frequencies.end());
+  frequencies_ = buffer<float, device>(rounded.size());
   specattn::detail::check_cuda(
-      cudaMemcpy(frequencies_.data(), frequencies.data(), frequencies_.bytes(), cudaMemcpyHostToDevice),
-      "device_llama");
+      cudaMemcpy(frequencies_.data(), rounded.data(), frequencies_.bytes(), cudaMemcpyHostToDevice), "device_llama");
   const auto room = [&](std::int64_t row) {
     return static_cast<std::size_t>(max_slots) * static_cast<std::size_t>(row);
   };
@@ -51,19 +52,14 @@ device_llama::device_llama(const model_config& config, device_weights weights, s
   heads_ = buffer<float, device>(room((config.q_heads + 2 * config.kv_heads) * config.head_dim));
   attended_ = buffer<float, device>(room(config.q_heads * config.head_dim));
   gate_up_ = buffer<float, device>(room(2 * config.ffn));
-  cosines_ = buffer<float, device>(room(config.head_dim / 2));
-  sines_ = buffer<float, device>(room(config.head_dim / 2));
-  normed_ = buffer<bf16, device>(room(config.hidden));
-  rounded_ = buffer<bf16, device>(room(config.q_heads * config.head_dim));
+  rounded_ = buffer<bf16, device>(room((std::max)(config.hidden, config.q_heads * config.head_dim)));
   active_ = buffer<bf16, device>(room(config.ffn));
 }
 
 std::size_t device_llama::scratch_bytes() const {
   std::size_t sum = product_.workspace_bytes() + frequencies_.bytes();
-  for (const auto* rows : {&residual_, &kept_, &heads_, &attended_, &gate_up_, &cosines_, &sines_}) {
-    sum += rows->bytes();
-  }
-  for (const auto* rows : {&normed_, &rounded_, &active_}) sum += rows->bytes();
+  for (const auto* rows : {&residual_, &kept_, &heads_, &attended_, &gate_up_}) sum += rows->bytes();
+  for (const auto* rows : {&rounded_, &active_}) sum += rows->bytes();
   return sum;
 }
 
@@ -81,50 +77,55 @@ void device_llama::check(const specattn::forward_batch<device>& batch, device_vi
 }
 
 void device_llama::begin(context<device>& ctx, const specattn::forward_batch<device>& batch) {
-  const std::ptrdiff_t slots = batch.tokens.extent(0), half = shape_.head_dim / 2;
   product_.use(ctx);
-  embed(ctx, batch, rows_of(weights_.embedding()), norm(weights_.layer(0).attention_gain),
-        frequencies_.shaped({half}), residual_.shaped({slots, config_.hidden}),
-        normed_.shaped({slots, config_.hidden}), cosines_.shaped({slots, half}), sines_.shaped({slots, half}));
+  embed(ctx, batch.tokens, rows_of(weights_.embedding()), residual_.shaped({batch.tokens.extent(0), config_.hidden}));
 }
 
 void device_llama::make_queries_keys_values(context<device>& ctx, std::int32_t layer, std::ptrdiff_t slots) {
-  const device_matrix& matrix = weights_.layer(layer).queries_keys_values;
-  const std::ptrdiff_t half = shape_.head_dim / 2;
-  product_(normed_.shaped({slots, config_.hidden}), matrix, heads_.shaped({slots, matrix.outputs}));
-  rotate(ctx, heads(slots, 0, shape_.q_heads + shape_.kv_heads), cosines_.shaped({slots, half}),
-         sines_.shaped({slots, half}));
+  const device_layer& of = weights_.layer(layer);
+  multiply(ctx, {.wide = residual_.shaped({slots, config_.hidden}), .norm = norm(of.attention_gain)},
+           of.queries_keys_values, {.sums = heads_.shaped({slots, of.queries_keys_values.outputs})});
 }
 
 void device_llama::finish_layer(context<device>& ctx, std::int32_t layer, std::ptrdiff_t slots) {
-  const std::ptrdiff_t q_size = config_.q_heads * config_.head_dim;
-  round_rows(ctx, attended_.shaped({slots, q_size}), rounded_.shaped({slots, q_size}));
-  feed_forward(ctx, weights_.layer(layer), residual_.shaped({slots, config_.hidden}),
-               norm(weights_.layer(layer + 1).attention_gain));
+  feed_forward(ctx, weights_.layer(layer), {.wide = attended_.shaped({slots, config_.q_heads * config_.head_dim})},
+               residual_.shaped({slots, config_.hidden}));
 }
 
 void device_llama::finish(context<device>& ctx, device_view<const std::int32_t, 1> rows,
                           device_view<float, 2> logits) {
   const std::ptrdiff_t count = rows.extent(0), q_size = config_.q_heads * config_.head_dim;
+  const device_view<bf16, 2> rounded = rounded_.shaped({count, q_size});
+  const device_view<float, 2> kept = kept_.shaped({count, config_.hidden});
   gather_rows(ctx, rows, attended_.shaped({shape_.max_slots, q_size}),
-              residual_.shaped({shape_.max_slots, config_.hidden}), rounded_.shaped({count, q_size}),
-              kept_.shaped({count, config_.hidden}));
-  feed_forward(ctx, weights_.layer(shape_.layers - 1), kept_.shaped({count, config_.hidden}),
-               norm(weights_.final_gain()));
-  product_(normed_.shaped({count, config_.hidden}), weights_.head(), logits);
+              residual_.shaped({shape_.max_slots, config_.hidden}), rounded, kept);
+  feed_forward(ctx, weights_.layer(shape_.layers - 1), {.rounded = rounded}, kept);
+  multiply(ctx, {.wide = kept, .norm = norm(weights_.final_gain())}, weights_.head(), {.sums = logits});
 }
 
-void device_llama::feed_forward(context<device>& ctx, const device_layer& layer, device_view<float, 2> residual,
-                                device_norm next) {
-  const std::ptrdiff_t rows = residual.extent(0), ffn = config_.ffn;
-  const device_view<bf16, 2> normed = normed_.shaped({rows, config_.hidden}), active = active_.shaped({rows, ffn});
-  const device_view<float, 2> gate_up = gate_up_.shaped({rows, 2 * ffn});
-  product_(rounded_.shaped({rows, layer.output.inputs}), layer.output, residual, true);
-  rms_norm(ctx, residual, norm(layer.feed_forward_gain), normed);
-  product_(normed, layer.gate_up, gate_up);
-  silu_multiply(ctx, gate_up, active);
-  product_(active, layer.down, residual, true);
-  rms_norm(ctx, residual, next, normed);
+void device_llama::feed_forward(context<device>& ctx, const device_layer& layer, const skinny_rows& attended,
+                                device_view<float, 2> residual) {
+  const device_view<bf16, 2> active = active_.shaped({residual.extent(0), config_.ffn});
+  multiply(ctx, attended, layer.output, {.sums = residual, .add = true});
+  multiply(ctx, {.wide = residual, .norm = norm(layer.feed_forward_gain)}, layer.gate_up, {.active = active});
+  multiply(ctx, {.rounded = active}, layer.down, {.sums = residual, .add = true});
+}
+
+void device_llama::multiply(context<device>& ctx, const skinny_rows& rows, const device_matrix& weights,
+                            const skinny_result& y) {
+  const bool normed = rows.norm.gain != nullptr, wide = rows.rounded.empty();
+  const std::ptrdiff_t count = wide ? rows.wide.extent(0) : rows.rounded.extent(0);
+  if (is_skinny(ctx, count, weights.inputs, normed)) return skinny_product(ctx, rows, weights, y);
+  device_view<const bf16, 2> x = rows.rounded;
+  if (wide) {
+    const device_view<bf16, 2> rounded = rounded_.shaped({count, weights.inputs});
+    normed ? rms_norm(ctx, rows.wide, rows.norm, rounded) : round_rows(ctx, rows.wide, rounded);
+    x = rounded;
+  }
+  if (y.active.empty()) return product_(x, weights, y.sums, y.add);
+  const device_view<float, 2> gate_up = gate_up_.shaped({count, weights.outputs});
+  product_(x, weights, gate_up);
+  silu_multiply(ctx, gate_up, y.active);
 }
 
 }  // namespace mini_llm

@@ -62,31 +62,19 @@ __device__ void norm_row(const Row& row, std::ptrdiff_t hidden, device_norm norm
 }
 
 struct embed_arguments {
-  specattn::forward_batch<device> batch;
+  device_view<const std::int32_t, 1> tokens;
   device_view<const bf16, 2> embedding;
-  device_norm norm;
-  device_view<const double, 1> frequencies;
   device_view<float, 2> residual;
-  device_view<bf16, 2> normed;
-  device_view<float, 2> cosines, sines;
 };
 
+/// One CTA a row.
 __global__ void embed_kernel(const __grid_constant__ embed_arguments a) {
   wait_for_previous_kernel();
   launch_dependents();
-  const std::ptrdiff_t slot = blockIdx.x, hidden = a.embedding.extent(1);
-  const bf16* const row = &a.embedding(a.batch.tokens[slot], 0);
-  float* const residual = &a.residual(slot, 0);
-  for (std::ptrdiff_t i = threadIdx.x * unit; i < hidden; i += blockDim.x * unit) {
+  const bf16* const row = &a.embedding(a.tokens[blockIdx.x], 0);
+  float* const residual = &a.residual(blockIdx.x, 0);
+  for (std::ptrdiff_t i = threadIdx.x * unit; i < a.embedding.extent(1); i += blockDim.x * unit)
     *reinterpret_cast<float4*>(residual + i) = load(row + i);
-  }
-  for (std::ptrdiff_t i = threadIdx.x; i < a.frequencies.extent(0); i += blockDim.x) {
-    double sine, cosine;
-    sincos(static_cast<double>(a.batch.positions[slot]) * a.frequencies[i], &sine, &cosine);
-    a.cosines(slot, i) = static_cast<float>(cosine);
-    a.sines(slot, i) = static_cast<float>(sine);
-  }
-  norm_row([&](std::ptrdiff_t i) { return load(row + i); }, hidden, a.norm, &a.normed(slot, 0));
 }
 
 struct norm_arguments {
@@ -100,26 +88,6 @@ __global__ void norm_kernel(const __grid_constant__ norm_arguments a) {
   launch_dependents();
   const float* const row = &a.x(blockIdx.x, 0);
   norm_row([&](std::ptrdiff_t i) { return load(row + i); }, a.x.extent(1), a.norm, &a.normed(blockIdx.x, 0));
-}
-
-struct rotate_arguments {
-  device_view<float, 3> x;
-  device_view<const float, 2> cosines, sines;
-};
-
-/// A thread turns one pair of one head; blockIdx.y is the slot.
-__global__ void rotate_kernel(const __grid_constant__ rotate_arguments a) {
-  wait_for_previous_kernel();
-  launch_dependents();
-  const std::ptrdiff_t slot = blockIdx.y, half = a.cosines.extent(1);
-  const std::ptrdiff_t pair = std::ptrdiff_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (pair >= a.x.extent(1) * half) return;
-  const std::ptrdiff_t i = pair % half;
-  float* const low = &a.x(slot, pair / half, i);
-  float* const high = low + half;
-  const float cosine = a.cosines(slot, i), sine = a.sines(slot, i), x = *low, y = *high;
-  *low = x * cosine - y * sine;
-  *high = y * cosine + x * sine;
 }
 
 struct round_arguments {
@@ -192,23 +160,15 @@ dim3 flat_grid(std::ptrdiff_t items, std::ptrdiff_t rows) {
 
 }  // namespace
 
-void embed(context<device>& ctx, const specattn::forward_batch<device>& batch, device_view<const bf16, 2> embedding,
-           device_norm norm, device_view<const double, 1> frequencies, device_view<float, 2> residual,
-           device_view<bf16, 2> normed, device_view<float, 2> cosines, device_view<float, 2> sines) {
-  launch(ctx, embed_kernel, dim3(static_cast<unsigned>(batch.tokens.extent(0))),
-         threads_for(embedding.extent(1) / unit),
-         embed_arguments{batch, embedding, norm, frequencies, residual, normed, cosines, sines});
+void embed(context<device>& ctx, device_view<const std::int32_t, 1> tokens, device_view<const bf16, 2> embedding,
+           device_view<float, 2> residual) {
+  launch(ctx, embed_kernel, dim3(static_cast<unsigned>(tokens.extent(0))), threads_for(embedding.extent(1) / unit),
+         embed_arguments{tokens, embedding, residual});
 }
 
 void rms_norm(context<device>& ctx, device_view<const float, 2> x, device_norm norm, device_view<bf16, 2> normed) {
   launch(ctx, norm_kernel, dim3(static_cast<unsigned>(x.extent(0))), threads_for(x.extent(1) / unit),
          norm_arguments{x, norm, normed});
-}
-
-void rotate(context<device>& ctx, device_view<float, 3> x, device_view<const float, 2> cosines,
-            device_view<const float, 2> sines) {
-  launch(ctx, rotate_kernel, flat_grid(x.extent(1) * cosines.extent(1), x.extent(0)), flat_threads,
-         rotate_arguments{x, cosines, sines});
 }
 
 void round_rows(context<device>& ctx, device_view<const float, 2> x, device_view<bf16, 2> out) {

@@ -20,23 +20,15 @@ struct device_norm {
 template <class T, int Rank>
 using device_view = specattn::view<T, Rank, specattn::cuda>;
 
-/// The begin of a pass: residual = embedding[tokens], normed = its RMSNorm, and the cosines and sines of every slot's
-/// position [slots, head_dim / 2] (the angles in double, as on the CPU).
-/// \param embedding   [vocab, hidden]
-/// \param frequencies [head_dim / 2] radians a position
+/// residual = embedding[tokens]: the begin of a pass.
+/// \param embedding [vocab, hidden]
 /// \pre   tokens are in [0, vocab) (not checked)
-void embed(specattn::context<specattn::cuda>& ctx, const specattn::forward_batch<specattn::cuda>& batch,
-           device_view<const specattn::bf16, 2> embedding, device_norm norm, device_view<const double, 1> frequencies,
-           device_view<float, 2> residual, device_view<specattn::bf16, 2> normed, device_view<float, 2> cosines,
-           device_view<float, 2> sines);
+void embed(specattn::context<specattn::cuda>& ctx, device_view<const std::int32_t, 1> tokens,
+           device_view<const specattn::bf16, 2> embedding, device_view<float, 2> residual);
 
 /// normed = x / sqrt(mean(x²) + eps) * gain, rounded to bf16. x, normed [rows, hidden]
 void rms_norm(specattn::context<specattn::cuda>& ctx, device_view<const float, 2> x, device_norm norm,
               device_view<specattn::bf16, 2> normed);
-
-/// Turns every head of x [slots, heads, head_dim] by its slot's angles, in place.
-void rotate(specattn::context<specattn::cuda>& ctx, device_view<float, 3> x, device_view<const float, 2> cosines,
-            device_view<const float, 2> sines);
 
 /// out = x rounded to bf16. x, out [rows, size]
 void round_rows(specattn::context<specattn::cuda>& ctx, device_view<const float, 2> x,

@@ -1,0 +1,285 @@
+#include "skinny_product.cuh"
+
+#include <cuda_bf16.h>
+
+#include <algorithm>
+#include <cstddef>
+
+#include "specattn/cuda/mma.cuh"
+
+namespace mini_llm {
+namespace {
+
+using device = specattn::cuda;  // ::cuda is the toolkit's
+using specattn::bf16;
+namespace detail = specattn::detail;
+
+constexpr int warps = 16;
+constexpr int threads = 32 * warps;
+constexpr int tile = 8;   // outputs
+constexpr int unit = 64;  // inputs a warp takes at a time: 128 bytes of each of a tile's rows
+constexpr int unit_bytes = tile * unit * int{sizeof(bf16)};
+constexpr int stages = 4;    // units of a warp that are on their way
+constexpr int together = 2;  // tiles between two meetings of the warps: a gate's and its up's
+constexpr int most_rows = 16;
+constexpr int padding = 32;  // elements behind a row of x, against bank conflicts
+
+struct skinny_launch {
+  skinny_rows x;
+  skinny_result y;
+  device_matrix weights;
+  std::int32_t rows;
+  std::int32_t tiles;  // outputs, or pairs of them, each a CTA's at a time
+};
+
+/// The first output of the CTA's tile number i, or -1 behind the last.
+__device__ std::int32_t first_output(const skinny_launch& a, std::int32_t i) {
+  const bool paired = !a.y.active.empty();
+  const std::int32_t which =
+      static_cast<std::int32_t>(blockIdx.x) + (paired ? i / 2 : i) * static_cast<std::int32_t>(gridDim.x);
+  if (which >= a.tiles) return -1;
+  return which * tile + (paired && i % 2 == 1 ? static_cast<std::int32_t>(a.weights.outputs / 2) : 0);
+}
+
+/// A warp's units of the CTA's tiles, one after another, brought to its own part of shared memory. Lanes read what they
+/// have brought themselves: nobody waits for another. Behind the last output the last is read again.
+class weight_stream {
+ public:
+  __device__ weight_stream(const skinny_launch& a, std::byte* ring, int warp, int lane)
+      : a_(a),
+        ring_(ring + warp * stages * unit_bytes + lane * 16),
+        row_(lane / 4),
+        input_(warp * unit + lane % 4 * 8),
+        units_((static_cast<std::int32_t>(a.weights.inputs) / unit - warp + warps - 1) / warps) {
+    begin_tile();
+  }
+
+  __device__ std::int32_t units() const { return units_; }  // of a tile
+  __device__ void start_next() {
+    if (from_ != nullptr && units_ > 0) {
+      const std::uint32_t to = detail::shared_address(ring_ + in_ * unit_bytes);
+      detail::copy_16_bytes(to, from_, true);
+      detail::copy_16_bytes(to + unit_bytes / 2, from_ + unit / 2, true);
+      from_ += warps * unit;
+      if (++next_unit_ == units_) {
+        next_unit_ = 0;
+        ++next_tile_;
+        begin_tile();
+      }
+      in_ = in_ + 1 == stages ? 0 : in_ + 1;
+    }
+    detail::commit_copies();
+  }
+  /// The lane's elements of the oldest unit: eight of inputs 0 … 31, eight of the others.
+  __device__ void take(uint4& low, uint4& high) {
+    detail::await_copies<stages - 1>();
+    low = *reinterpret_cast<const uint4*>(ring_ + out_ * unit_bytes);
+    high = *reinterpret_cast<const uint4*>(ring_ + out_ * unit_bytes + unit_bytes / 2);
+    out_ = out_ + 1 == stages ? 0 : out_ + 1;
+  }
+
+ private:
+  __device__ void begin_tile() {
+    const std::int32_t first = first_output(a_, next_tile_);
+    if (first < 0) return void(from_ = nullptr);
+    const std::int64_t output = min(std::int64_t{first} + row_, a_.weights.outputs - 1);
+    from_ = a_.weights.data + output * a_.weights.inputs + input_;
+  }
+
+  const skinny_launch& a_;
+  std::byte* ring_;
+  const bf16* from_ = nullptr;  // of the next unit; none behind the last tile
+  std::int32_t row_, input_, units_, next_unit_ = 0, next_tile_ = 0;
+  int in_ = 0, out_ = 0;
+};
+
+__device__ void store_rounded(bf16* to, float4 x) {
+  const __nv_bfloat162 low = __floats2bfloat162_rn(x.x, x.y), high = __floats2bfloat162_rn(x.z, x.w);
+  reinterpret_cast<__nv_bfloat162*>(to)[0] = low;
+  reinterpret_cast<__nv_bfloat162*>(to)[1] = high;
+}
+
+/// What a CTA knows of its rows' norms.
+struct row_norms {
+  float squares[most_rows][warps];  // sums by each warp
+  float scales[most_rows];
+};
+
+/// x = rows * gain, rounded: what a row is to be divided by is left to its results, so that one reading does.
+__device__ void take_wide_rows(const skinny_launch& a, bf16* x, row_norms& norms) {
+  const auto inputs = static_cast<std::int32_t>(a.weights.inputs);
+  const std::int32_t each = inputs / 4, items = a.rows * each, warp = static_cast<std::int32_t>(threadIdx.x) / 32;
+  const bool normed = a.x.norm.gain != nullptr;
+#pragma unroll 4
+  for (std::int32_t item = static_cast<std::int32_t>(threadIdx.x); item < items; item += threads) {
+    const std::int32_t row = item / each, i = item % each * 4;  // a warp is in one row
+    const float4 v = *reinterpret_cast<const float4*>(&a.x.wide(row, i));
+    float4 gain{1.0f, 1.0f, 1.0f, 1.0f};
+    if (normed) {
+      gain = *reinterpret_cast<const float4*>(a.x.norm.gain + i);
+      float sum = v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
+      for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+      if (threadIdx.x % 32 == 0) norms.squares[row][warp] += sum;
+    }
+    store_rounded(x + row * (inputs + padding) + i, {v.x * gain.x, v.y * gain.y, v.z * gain.z, v.w * gain.w});
+  }
+}
+
+__device__ void take_rows(const skinny_launch& a, bf16* x, row_norms& norms) {
+  if (a.x.rounded.empty()) return take_wide_rows(a, x, norms);
+  const auto inputs = static_cast<std::int32_t>(a.weights.inputs);
+  const std::int32_t each = inputs / 8, items = a.rows * each;
+  for (std::int32_t item = static_cast<std::int32_t>(threadIdx.x); item < items; item += threads) {
+    const std::int32_t row = item / each, i = item % each * 8;
+    detail::copy_16_bytes(detail::shared_address(x + row * (inputs + padding) + i), &a.x.rounded(row, i), true);
+  }
+  detail::commit_copies();
+  detail::await_copies<0>();
+}
+
+/// After all have taken their part.
+__device__ void find_scales(const skinny_launch& a, row_norms& norms) {
+  const auto row = static_cast<std::int32_t>(threadIdx.x);
+  if (row >= a.rows) return;
+  float sum = 0.0f;
+  for (int w = 0; w < warps; ++w) sum += norms.squares[row][w];
+  const bool normed = a.x.norm.gain != nullptr;
+  norms.scales[row] = normed ? 1.0f / sqrtf(sum / static_cast<float>(a.weights.inputs) + a.x.norm.eps) : 1.0f;
+}
+
+/// The sums of Rows × tile by each warp, of the tiles between two meetings.
+template <int Rows>
+using partial_sums = float[together][warps][Rows * tile];
+
+template <int Rows>
+__device__ float total(const partial_sums<Rows>& parts, int which, int element) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < warps; ++w) sum += parts[which][w][element];
+  return sum;
+}
+
+/// A thread makes one result of tiles number `first` on from the warps' parts.
+template <int Rows>
+__device__ void finish(const skinny_launch& a, std::int32_t first, const partial_sums<Rows>& parts,
+                       const row_norms& norms) {
+  constexpr int elements = Rows * tile;
+  const int element = static_cast<int>(threadIdx.x) % elements, which = static_cast<int>(threadIdx.x) / elements;
+  const int row = element / tile, column = element % tile;
+  const bool paired = !a.y.active.empty();
+  if (which >= (paired ? 1 : together) || row >= a.rows) return;
+  const std::int32_t output = first_output(a, first + which);
+  if (output < 0) return;
+  const float sum = total<Rows>(parts, which, element) * norms.scales[row];
+  if (paired) {
+    const float up = total<Rows>(parts, 1, element) * norms.scales[row], active = sum / (1.0f + __expf(-sum)) * up;
+    a.y.active(row, output + column) = specattn::from_float<bf16>(active);
+  } else if (output + column < a.weights.outputs) {
+    float& y = a.y.sums(row, output + column);
+    y = a.y.add ? y + sum : sum;
+  }
+}
+
+/// Products of a unit: an instruction takes 16 inputs, which lanes count in their own order, of x and of weights alike.
+template <int Rows>
+__device__ void multiply_unit(float (&sum)[4], const bf16* x, std::int32_t eight_rows, uint4 low, uint4 high) {
+  const uint4 weights[2] = {low, high};
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const uint4 upper = *reinterpret_cast<const uint4*>(x + half * (unit / 2));
+    uint4 lower{};
+    if constexpr (Rows > 8) lower = *reinterpret_cast<const uint4*>(x + eight_rows + half * (unit / 2));
+    const std::uint32_t first[4] = {upper.x, lower.x, upper.y, lower.y},
+                        second[4] = {upper.z, lower.z, upper.w, lower.w};
+    detail::multiply_add<bf16>(sum, first, weights[half].x, weights[half].y);
+    detail::multiply_add<bf16>(sum, second, weights[half].z, weights[half].w);
+  }
+}
+
+template <int Rows>
+__global__ void __launch_bounds__(threads, 2) skinny_kernel(const __grid_constant__ skinny_launch a) {
+  extern __shared__ __align__(128) std::byte memory[];
+  __shared__ row_norms norms;
+  auto* const parts = reinterpret_cast<partial_sums<Rows>*>(memory + stages * warps * unit_bytes);  // two, in turn
+  auto* const x = reinterpret_cast<bf16*>(parts + 2);
+  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+  weight_stream stream(a, memory, warp, lane);
+  detail::launch_dependents();
+  for (int i = 0; i < stages - 1; ++i) stream.start_next();
+  if (threadIdx.x < most_rows * warps) (&norms.squares[0][0])[threadIdx.x] = 0.0f;
+  __syncthreads();
+  detail::wait_for_previous_kernel();
+  take_rows(a, x, norms);
+  __syncthreads();
+  find_scales(a, norms);  // seen by all when they next meet
+  // Rows beyond the last are read from the last: their sums go nowhere.
+  const std::int32_t stride = static_cast<std::int32_t>(a.weights.inputs) + padding, last = a.rows - 1;
+  const std::int32_t upper = min(lane / 4, last), lower = min(lane / 4 + 8, last);
+  const bf16* const mine = x + upper * stride + warp * unit + lane % 4 * 8;
+  for (std::int32_t first = 0; first_output(a, first) >= 0; first += together) {
+    partial_sums<Rows>& part = parts[first / together % 2];
+    for (int which = 0; which < together && first_output(a, first + which) >= 0; ++which) {
+      float sum[4] = {};
+      for (std::int32_t i = 0; i < stream.units(); ++i) {
+        stream.start_next();
+        uint4 low, high;
+        stream.take(low, high);
+        multiply_unit<Rows>(sum, mine + i * warps * unit, (lower - upper) * stride, low, high);
+      }
+      float* const to = &part[which][warp][lane / 4 * tile + lane % 4 * 2];
+      *reinterpret_cast<float2*>(to) = {sum[0], sum[1]};
+      if constexpr (Rows > 8) *reinterpret_cast<float2*>(to + 8 * tile) = {sum[2], sum[3]};
+    }
+    __syncthreads();
+    finish<Rows>(a, first, part, norms);
+  }
+}
+
+int rows_of_kernel(std::ptrdiff_t rows) { return rows <= 8 ? 8 : most_rows; }
+
+std::size_t shared_bytes(std::ptrdiff_t rows, std::ptrdiff_t inputs) {
+  const std::size_t ring = std::size_t{stages} * warps * unit_bytes;
+  const std::size_t parts =
+      2 * sizeof(float) * together * warps * static_cast<std::size_t>(rows_of_kernel(rows)) * tile;
+  return ring + parts + sizeof(bf16) * static_cast<std::size_t>(rows) * static_cast<std::size_t>(inputs + padding);
+}
+
+template <int Rows>
+void start(const specattn::context<device>& ctx, const skinny_launch& launch) {
+  const std::size_t shared = shared_bytes(launch.rows, launch.weights.inputs);
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>((std::min)(launch.tiles, std::int32_t{ctx.multiprocessors()})));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = ctx.stream();
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &early;
+  config.numAttrs = ctx.code_major() >= 9 ? 1 : 0;
+  detail::check_cuda(cudaFuncSetAttribute(skinny_kernel<Rows>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          static_cast<int>(shared)),
+                     "skinny_product");
+  detail::check_cuda(cudaLaunchKernelEx(&config, skinny_kernel<Rows>, launch), "skinny_product");
+}
+
+}  // namespace
+
+bool is_skinny(const specattn::context<device>& ctx, std::ptrdiff_t rows, std::ptrdiff_t inputs, bool normed) {
+  return rows <= most_rows && inputs % (normed ? 128 : unit) == 0 &&
+         shared_bytes(rows, inputs) + sizeof(row_norms) <= static_cast<std::size_t>(ctx.block_shared_bytes());
+}
+
+void skinny_product(specattn::context<device>& ctx, const skinny_rows& x, const device_matrix& weights,
+                    const skinny_result& y) {
+  const bool paired = !y.active.empty();
+  const auto rows = static_cast<std::int32_t>(x.rounded.empty() ? x.wide.extent(0) : x.rounded.extent(0));
+  if (rows == 0) return;
+  const skinny_launch launch{
+      x, y, weights, rows,
+      static_cast<std::int32_t>(paired ? weights.outputs / (2 * tile) : (weights.outputs + tile - 1) / tile)};
+  if (rows <= 8) return start<8>(ctx, launch);
+  start<most_rows>(ctx, launch);
+}
+
+}  // namespace mini_llm
