@@ -8,5 +8,6 @@
 #include "cuda/draft_guide.cuh"
 #include "cuda/importance.cuh"
 #include "cuda/kv_cache.cuh"
+#include "cuda/recompute.cuh"
 #include "cuda/select.cuh"
 #include "cuda/verify.cuh"

@@ -9,6 +9,9 @@ template class s::kv_cache<s::fp8_e4m3, device>;
 template void s::attend<float, device>(s::context<device>&, const s::attend_args<float, device>&);
 template void s::attend<s::bf16, device>(s::context<device>&, const s::attend_args<s::bf16, device>&);
 template void s::attend<s::fp8_e4m3, device>(s::context<device>&, const s::attend_args<s::fp8_e4m3, device>&);
+template void s::recompute<float, device>(s::context<device>&, const s::recompute_args<float, device>&);
+template void s::recompute<s::bf16, device>(s::context<device>&, const s::recompute_args<s::bf16, device>&);
+template void s::recompute<s::fp8_e4m3, device>(s::context<device>&, const s::recompute_args<s::fp8_e4m3, device>&);
 template void s::mix_importance<float, device>(s::context<device>&, const s::resident_mixture<device>&,
                                                const s::importance_args<device, float>&);
 template void s::mix_importance<s::bf16, device>(s::context<device>&, const s::resident_mixture<device>&,
