@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(select_threads, 3)
 }
 
 template <storage T>
-__global__ void __launch_bounds__(select_threads, 4)
+__global__ void __launch_bounds__(select_threads, 3)
     select_groups_kernel(const __grid_constant__ select_launch<T> launch, bool combined) {
   __shared__ select_team_memory memory;
   select_team team(memory);
@@ -85,7 +85,10 @@ struct select_impl<cuda> {
     }
     launch.group_bytes = select_scratch_view{}.lay_out(nullptr, kv_len, combined, rule.page_size > 1);
     launch.workspace = ctx.workspace(static_cast<std::size_t>(groups) * launch.group_bytes, "select");
-    start(ctx, select_groups_kernel<T>, groups, cluster_for(ctx, groups, kv_len), 0, launch, combined);
+    int cluster = 1;
+    while (cluster < largest_cluster(ctx) && groups * cluster * 2 <= std::ptrdiff_t{3} * ctx.multiprocessors())
+      cluster *= 2;
+    start(ctx, select_groups_kernel<T>, groups, cluster, 0, launch, combined);
   }
 
  private:

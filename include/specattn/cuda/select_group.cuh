@@ -161,9 +161,9 @@ class select_group : group_part {
   __device__ const std::uint64_t* final_scores() const { return paged() ? scratch_.pages : scratch_.scores; }
 
   /// Counts the items that counts(item) names into the first histogram; returns the mass of the others.
-  template <class Source, class Key, class Sums, class Counts>
-  __device__ __forceinline__ std::uint64_t count_items(const Source& source, const key_bins<Key>& bins,
-                                                       const Sums& sums, Counts counts) {
+  template <class Key, class Source, class Bins, class Sums, class Counts>
+  __device__ __forceinline__ std::uint64_t count_items(const Source& source, const Bins& bins, const Sums& sums,
+                                                       Counts counts) {
     using word = typename Sums::word;
     team_.template clear<word>(Sums::arrays, bins.count());
     word* counted = reinterpret_cast<word*>(team_.memory().sums);
@@ -184,9 +184,9 @@ class select_group : group_part {
   template <class Source, class Key, class Sums>
   __device__ __forceinline__ void choose(const Source& source, Key largest, const Sums& sums) {
     const asked wish = asked_by(top_p);
-    const auto bins = key_bins<Key>::between(0, largest, select_bins, first_shift<Key>());
+    const auto bins = first_bins(largest);
     const auto allowed = [&](std::int32_t item) { return !forced.holds(item); };
-    const std::uint64_t forced_mass = count_items(source, bins, sums, allowed);
+    const std::uint64_t forced_mass = count_items<Key>(source, bins, sums, allowed);
     chosen_mass_ = forced_mass;
     const std::uint64_t need = find_bin(team_, bins, [&](std::uint64_t others) {
       total_ = forced_mass + others;
@@ -201,15 +201,15 @@ class select_group : group_part {
     if (need == 0) return;
     const found_threshold<Key> found = rule_.method == threshold_method::bisection
                                            ? bisect(team_, source, range, largest, need, sums.mass, allowed)
-                                           : search(team_, source, range, bins, need, sums, allowed);
+                                           : search<Key>(team_, source, range, bins, need, sums, allowed);
     mark(source, found, allowed);
     chosen_mass_ += found.least.mass;
   }
-  /// Of keys 2048 bins cover 32 octaves, 64 bins each; of scores the whole range.
-  template <class Key>
-  __device__ static constexpr int first_shift() {
-    return sizeof(Key) == 4 ? 17 : -1;
+  /// Of keys 2048 bins cover 32 octaves, 64 bins each; of scores all 64.
+  __device__ static key_bins<std::uint32_t> first_bins(std::uint32_t largest) {
+    return key_bins<std::uint32_t>::between(0, largest, select_bins, 17);
   }
+  __device__ static octave_bins first_bins(std::uint64_t largest) { return octave_bins::up_to(largest); }
 
   /// Keeps what the threshold keeps among the allowed items.
   template <class Source, class Key, class Allowed>
@@ -269,12 +269,12 @@ class select_group : group_part {
     const std::int32_t room = among_forced ? limit : limit - forced_count;
     found_threshold<Key> found{{static_cast<Key>(~Key{0}), 0, 0}, 1};
     if (room > 0) {
-      const auto bins = key_bins<Key>::between(0, largest, select_bins, first_shift<Key>());
+      const auto bins = first_bins(largest);
       const item_counts sums;
-      count_items(source, bins, sums, allowed);
+      count_items<Key>(source, bins, sums, allowed);
       const std::uint64_t need =
           find_bin(team_, bins, [&](std::uint64_t) { return static_cast<std::uint64_t>(room); });
-      found = search(team_, source, range, bins, need, sums, allowed);
+      found = search<Key>(team_, source, range, bins, need, sums, allowed);
     }
     // The bits that say who is allowed become the result: an item that is neither chosen nor forced loses its own.
     const bool all_ties = found.least.ties >= found.equals;

@@ -22,6 +22,26 @@ struct item_range {
   std::int32_t words = 0;
 };
 
+/// visit(word, item, key, valid) for the words of this CTA, with four loads in flight.
+template <class Key, class Read, class Visit>
+__device__ __forceinline__ void visit_items(item_range items, Read read, Visit visit) {
+  constexpr int ahead = 4;
+  for (std::int32_t begin = select_team::warp(); begin < items.words; begin += ahead * select_warps) {
+    Key key[ahead];
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) {
+      const std::int32_t item = items.first + (begin + i * select_warps) * 32 + select_team::lane();
+      key[i] = item < items.last ? read(item) : Key{0};
+    }
+#pragma unroll
+    for (int i = 0; i < ahead; ++i) {
+      const std::int32_t word = begin + i * select_warps;
+      const std::int32_t item = items.first + word * 32 + select_team::lane();
+      if (word < items.words) visit(word, item, key[i], item < items.last);
+    }
+  }
+}
+
 /// A row that is read from memory in every sweep.
 template <storage T>
 struct streamed_row {
@@ -50,10 +70,8 @@ struct streamed_row {
 
   template <class Visit>
   __device__ __forceinline__ void for_each(item_range items, Visit visit) const {
-    for (std::int32_t word = select_team::warp(); word < items.words; word += select_warps) {
-      const std::int32_t item = items.first + word * 32 + select_team::lane();
-      visit(word, item, item < items.last ? key(item) : 0u, item < items.last);
-    }
+    visit_items<std::uint32_t>(
+        items, [&](std::int32_t item) { return key(item); }, visit);
   }
 };
 
@@ -63,10 +81,8 @@ struct scored_items {
 
   template <class Visit>
   __device__ __forceinline__ void for_each(item_range items, Visit visit) const {
-    for (std::int32_t word = select_team::warp(); word < items.words; word += select_warps) {
-      const std::int32_t item = items.first + word * 32 + select_team::lane();
-      visit(word, item, item < items.last ? scores[item] : std::uint64_t{0}, item < items.last);
-    }
+    visit_items<std::uint64_t>(
+        items, [&](std::int32_t item) { return scores[item]; }, visit);
   }
 };
 
@@ -93,8 +109,33 @@ struct key_bins {
     const Key distance = top - (key >> shift);
     return distance < last ? static_cast<std::uint32_t>(distance) : last;
   }
-  __device__ Key low(std::uint32_t bin) const { return (top - bin) << shift; }
-  __device__ Key high(std::uint32_t bin) const { return low(bin) + ((Key{1} << shift) - 1); }
+  __device__ Key low(std::uint32_t bin) const { return bin == last ? lowest : (top - bin) << shift; }
+  __device__ Key high(std::uint32_t bin) const { return ((top - bin) << shift) + ((Key{1} << shift) - 1); }
+};
+
+/// Thirty-two bins an octave, the heaviest first; 0 counts as 1. For scores, which lie as unevenly as weights do.
+struct octave_bins {
+  std::uint32_t last;  ///< and the heaviest key's, counted from 0
+
+  __device__ static octave_bins up_to(std::uint64_t largest) { return {rank_of(largest)}; }
+  __device__ int count() const { return static_cast<int>(last) + 1; }
+  __device__ std::uint32_t of(std::uint64_t key) const { return last - rank_of(key); }
+  __device__ std::uint64_t low(std::uint32_t bin) const {
+    const std::uint32_t rank = last - bin;
+    const std::uint32_t octave = rank / 32;
+    const std::uint64_t steps = 32 + rank % 32;
+    return rank == 0 ? 0 : octave < 5 ? steps >> (5 - octave) : steps << (octave - 5);
+  }
+  __device__ std::uint64_t high(std::uint32_t bin) const {
+    const std::uint32_t octave = (last - bin) / 32;
+    return bin == last ? 1 : low(bin) + (octave < 5 ? 0 : (std::uint64_t{1} << (octave - 5)) - 1);
+  }
+
+ private:
+  __device__ static std::uint32_t rank_of(std::uint64_t key) {
+    const int zeros = __clzll(static_cast<long long>(key | 1));
+    return static_cast<std::uint32_t>((63 - zeros) * 32) + static_cast<std::uint32_t>((key | 1) << zeros >> 58 & 31);
+  }
 };
 
 /// Any mass, in 64-bit sums.
@@ -105,8 +146,14 @@ struct whole_sums {
   Mass mass;
   template <class Key>
   __device__ void add(word* sums, std::uint32_t bin, Key key) const {
+    // Shared memory adds words of 32 bits fast; those of 64 bits are a loop.
     const std::uint64_t one = mass(key);
-    if (one > 0) atomicAdd(reinterpret_cast<unsigned long long*>(&sums[bin]), static_cast<unsigned long long>(one));
+    if (one == 0) return;
+    auto* words = reinterpret_cast<std::uint32_t*>(&sums[bin]);
+    const auto low = static_cast<std::uint32_t>(one);
+    const std::uint32_t carry = atomicAdd(&words[0], low) > ~low ? 1 : 0;
+    const std::uint32_t high = static_cast<std::uint32_t>(one >> 32) + carry;
+    if (high > 0) atomicAdd(&words[1], high);
   }
   template <class Key>
   __device__ std::uint64_t of(const std::uint64_t (&sums)[arrays], Key) const {
@@ -139,8 +186,8 @@ struct found_threshold {
 };
 
 /// Merges the members' histograms, and sums x over all threads.
-template <class Key, class Sums>
-__device__ __forceinline__ void merge_bins(select_team& team, const Sums& sums, const key_bins<Key>& bins,
+template <class Bins, class Sums>
+__device__ __forceinline__ void merge_bins(select_team& team, const Sums& sums, const Bins& bins,
                                            std::uint64_t (&x)[1]) {
   team.template merge<typename Sums::word, Sums::arrays>(
       bins.count(), [&](int bin, const auto& all) { return sums.of(all, bins.low(static_cast<std::uint32_t>(bin))); },
@@ -149,8 +196,8 @@ __device__ __forceinline__ void merge_bins(select_team& team, const Sums& sums, 
 
 /// Finds the bin in which the merged mass reaches need_of(mass of all) and leaves it in the team's memory. Returns
 /// what need_of gave; where that is 0 there is no such bin.
-template <class Key, class NeedOf>
-__device__ __forceinline__ std::uint64_t find_bin(select_team& team, const key_bins<Key>& bins, NeedOf need_of) {
+template <class Bins, class NeedOf>
+__device__ __forceinline__ std::uint64_t find_bin(select_team& team, const Bins& bins, NeedOf need_of) {
   constexpr int most = select_bins / select_threads;
   select_team_memory& memory = team.memory();
   const int each = (bins.count() + select_threads - 1) / select_threads;
@@ -180,38 +227,37 @@ __device__ __forceinline__ std::uint64_t find_bin(select_team& team, const key_b
 
 /// The least set of the allowed items whose mass reaches `need` > 0, where find_bin() has found its bin among `bins`.
 /// Each further sweep looks at the items of one bin.
-template <class Key, class Sums, class Source, class Allowed>
+template <class Key, class Sums, class Source, class Bins, class Allowed>
 __device__ __forceinline__ found_threshold<Key> search(select_team& team, const Source& source, item_range items,
-                                                       key_bins<Key> bins, std::uint64_t need, const Sums& sums,
+                                                       const Bins& bins, std::uint64_t need, const Sums& sums,
                                                        Allowed allowed) {
   using word = typename Sums::word;
   const select_team_memory& memory = team.memory();
   std::uint64_t above = 0;
+  Key low = bins.low(memory.bin);
+  Key high = bins.high(memory.bin);
   for (;;) {
-    const std::uint32_t bin = memory.bin;
-    if (bins.shift == 0) {
-      const Key key = bins.low(bin);
-      const std::uint64_t one = sums.mass(key);
-      const std::uint64_t ties = (need - memory.above + one - 1) / one;
-      return {{key, ties, above + memory.above + ties * one}, memory.here / one};
-    }
     above += memory.above;
     need -= memory.above;
-    const Key high = bins.high(bin);
-    const Key low = bin == bins.last ? bins.lowest : bins.low(bin);
-    // The bin is kept whole if it holds one item, or if without its lightest it would not do.
     const std::uint64_t here = memory.here;
     const std::uint64_t lightest = sums.mass(low);
+    if (low == high) {
+      const std::uint64_t ties = (need + lightest - 1) / lightest;
+      return {{low, ties, above + ties * lightest}, here / lightest};
+    }
+    // The bin is kept whole if it holds one item, or if without its lightest it would not do.
     if (here < 2 * lightest || here - lightest < need) return {{low, ~std::uint64_t{0}, above + here}, 0};
-    bins = key_bins<Key>::between(low, high, select_threads);
-    team.template clear<word>(Sums::arrays, bins.count());
+    const auto parts = key_bins<Key>::between(low, high, select_threads);
+    team.template clear<word>(Sums::arrays, parts.count());
     word* counted = reinterpret_cast<word*>(team.memory().sums);
     source.for_each(items, [&](std::int32_t, std::int32_t item, Key key, bool valid) {
-      if (valid && key >= low && key <= high && allowed(item)) sums.add(counted, bins.of(key), key);
+      if (valid && key >= low && key <= high && allowed(item)) sums.add(counted, parts.of(key), key);
     });
     std::uint64_t nothing[1] = {0};
-    merge_bins(team, sums, bins, nothing);
-    find_bin(team, bins, [&](std::uint64_t) { return need; });
+    merge_bins(team, sums, parts, nothing);
+    find_bin(team, parts, [&](std::uint64_t) { return need; });
+    high = parts.high(memory.bin);
+    low = parts.low(memory.bin);
   }
 }
 
