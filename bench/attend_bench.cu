@@ -41,6 +41,7 @@ struct row {
   double share;      // kept; 1: all listed, above: no list
   std::int32_t run;  // positions that are kept or left together
   bool record;
+  bool masked = false;  // each slot attends to half of the list
 };
 constexpr row rows[] = {{"dense", 6, 2, 1, false},
                         {"dense, recording", 6, 2, 1, true},
@@ -48,6 +49,7 @@ constexpr row rows[] = {{"dense", 6, 2, 1, false},
                         {"22 % random", 6, 0.22, 1, false},
                         {"22 %, recording", 6, 0.22, 1, true},
                         {"22 % in runs of 16", 6, 0.22, 16, false},
+                        {"22 %, masked", 6, 0.22, 1, false, true},
                         {"10 % random", 6, 0.10, 1, false},
                         {"10 % in runs of 16", 6, 0.10, 16, false},
                         {"dense, one slot", 1, 2, 1, false}};
@@ -124,7 +126,7 @@ class pass {
     return kept + static_cast<double>(c_.batch) * kv_heads * r_.slots;
   }
   double bytes() const {
-    return rows_read() * (2.0 * sizeof(T) * head_dim + (r_.share <= 1 ? 4 : 0)) +
+    return rows_read() * (2.0 * sizeof(T) * head_dim + (r_.share <= 1 ? 4 : 0) + (r_.masked ? 4 : 0)) +
            2.0 * 4 * static_cast<double>(q_.size());
   }
   const specattn::buffer<std::int32_t, device>& row_numbers() const { return row_numbers_; }
@@ -148,6 +150,7 @@ class pass {
       a.kept.positions = lists_.shaped({c_.batch * kv_heads, c_.kv_len});
       a.kept.counts = counts_.shaped({c_.batch * kv_heads});
       a.kept_sequence_stride = kv_heads;
+      if (r_.masked) a.slot_masks = masks_.shaped({c_.batch * kv_heads, c_.kv_len});
     }
     if (r_.record) a.recording.weights = weights_.shaped({c_.batch, q_heads, static_cast<std::ptrdiff_t>(length())});
     return a;
@@ -171,6 +174,11 @@ class pass {
       }
       counts.push_back(count);
     }
+    if (r_.masked) {
+      std::vector<std::uint32_t> masks(lists.size());
+      for (std::uint32_t& word : masks) word = engine();
+      masks_ = upload(masks);
+    }
     lists_ = upload(lists);
     counts_ = upload(counts);
     row_numbers_ = upload(numbers);
@@ -181,6 +189,7 @@ class pass {
   specattn::buffer<float, device> q_, out_, weights_;
   specattn::buffer<std::int32_t, device> offsets_, kv_lens_, table_, lists_, counts_, row_numbers_;
   specattn::buffer<float, device> scales_;
+  specattn::buffer<std::uint32_t, device> masks_;
 };
 
 /// One row of q in double precision, a CTA each: the slots of the first and of the last sequence.
@@ -215,6 +224,8 @@ __global__ void __launch_bounds__(256)
     for (int d = 0; d < head_dim; ++d)
       score += double{a.q(s * slots + slot, head, d)} * double{specattn::to_float(key[d])};
     weights[i] = score * double{a.kv.key_scale(kv_head)} / sqrt(double{head_dim});
+    if (!a.slot_masks.empty() && i < kept && (a.slot_masks(s * kv_heads + kv_head, i) >> slot & 1u) == 0)
+      weights[i] = -1e300;
     top = fmax(top, weights[i]);
   }
   top = reduce(top, [](double x, double y) { return fmax(x, y); });
@@ -315,10 +326,10 @@ void measure(const cell& c, std::span<const row> rows, specattn::context<device>
       std::snprintf(text, sizeof text, "%.1f (%.2fx)", bare, us / bare);
       gather = text;
     }
-    const double goal = r.record || r.run > 1 || r.slots == 1 ? 0
-                        : r.share > 1                         ? c.dense_goal_us
-                        : r.share > 0.2 && r.share < 1        ? c.sparse_goal_us
-                                                              : 0;
+    const double goal = r.record || r.masked || r.run > 1 || r.slots == 1 ? 0
+                        : r.share > 1                                     ? c.dense_goal_us
+                        : r.share > 0.2 && r.share < 1                    ? c.sparse_goal_us
+                                                                          : 0;
     std::printf("| %d | %d | %s | %.1f | %s | %s | %.1f | %.0f | %.0f %% | %.0e |\n", c.batch, c.kv_len, r.name, us,
                 goal > 0 ? std::to_string(static_cast<int>(goal)).c_str() : "-", gather.c_str(), p.bytes() * 1e-6,
                 p.bytes() * 1e-3 / us, 100 * p.bytes() * 1e-3 / us / copy, double{off});

@@ -44,6 +44,8 @@ struct problem {
   std::vector<float> q;                 // [slots][q_heads][d]
   std::vector<std::vector<list>> kept;  // [sequence][kv head]; empty: dense
   std::vector<std::vector<bool>> all;   // [sequence][kv head]: keep_all instead of the list; may be empty
+  std::vector<std::vector<std::vector<std::uint32_t>>>
+      masks;  // beside kept: the slots that read an entry; may be empty
   bool record = false;
   record_slots recorded = record_slots::newest;
 
@@ -170,6 +172,8 @@ template <class Fixture>
 struct uploaded_selection {
   specattn::buffer<std::int32_t, typename Fixture::backend> positions, counts;
   specattn::selection_view<typename Fixture::backend> view;
+  specattn::buffer<std::uint32_t, typename Fixture::backend> words;
+  specattn::view<const std::uint32_t, 2, typename Fixture::backend> masks;
 
   template <specattn::storage T>
   uploaded_selection(Fixture& fixture, const problem<T>& p) {
@@ -180,11 +184,15 @@ struct uploaded_selection {
     for (const auto& sequence : p.kept)
       for (const list& positions_of : sequence) capacity = std::max(capacity, positions_of.size());
     std::vector<std::int32_t> host_positions(groups * capacity, -1), host_counts(groups, 0);
+    std::vector<std::uint32_t> host_words(groups * capacity, 0);
     for (std::size_t s = 0; s < p.kept.size(); ++s) {
       for (std::size_t h = 0; h < heads; ++h) {
         const std::size_t g = s * (heads + 1) + h;
         std::copy(p.kept[s][h].begin(), p.kept[s][h].end(),
                   host_positions.begin() + static_cast<std::ptrdiff_t>(g * capacity));
+        if (!p.masks.empty())
+          std::copy(p.masks[s][h].begin(), p.masks[s][h].end(),
+                    host_words.begin() + static_cast<std::ptrdiff_t>(g * capacity));
         host_counts[g] = p.everything(s, h) ? keep_all : static_cast<std::int32_t>(p.kept[s][h].size());
       }
     }
@@ -192,6 +200,9 @@ struct uploaded_selection {
     counts = fixture.upload(host_counts);
     view.positions = positions.shaped({static_cast<std::ptrdiff_t>(groups), static_cast<std::ptrdiff_t>(capacity)});
     view.counts = counts.shaped({static_cast<std::ptrdiff_t>(groups)});
+    if (p.masks.empty()) return;
+    words = fixture.upload(host_words);
+    masks = words.shaped({static_cast<std::ptrdiff_t>(groups), static_cast<std::ptrdiff_t>(capacity)});
   }
 };
 
@@ -229,6 +240,7 @@ answer run(Fixture& fixture, const problem<T>& p, const specattn::kv_cache<T, ty
   args.scale = p.shape.scale;
   args.kept = kept.view;
   args.kept_sequence_stride = p.shape.kv_heads + 1;
+  args.slot_masks = kept.masks;
   args.lse = lse.shaped({slots, heads});
   if (p.record) args.recording = {weights.shaped({rows, heads, result.capacity}), p.recorded};
 
@@ -262,7 +274,8 @@ list attended_positions(const problem<T>& p, std::size_t s, std::size_t head, st
     positions.resize(static_cast<std::size_t>(p.shape.kv_lens[s]));
     std::iota(positions.begin(), positions.end(), 0);
   } else {
-    positions = p.kept[s][head];
+    for (std::size_t i = 0; i < p.kept[s][head].size(); ++i)
+      if (p.masks.empty() || (p.masks[s][head][i] >> slot & 1u) != 0) positions.push_back(p.kept[s][head][i]);
   }
   for (std::int32_t i = 0; i <= slot; ++i) positions.push_back(p.shape.kv_lens[s] + i);
   return positions;

@@ -46,6 +46,10 @@ struct attend_args {
   /// s * kept_sequence_stride + h.
   selection_view<B> kept;
   std::ptrdiff_t kept_sequence_stride = 0;
+  /// Lists of slots given as one union: [groups, capacity] beside kept.positions, bit i of an entry's word saying that
+  /// slot i of the sequence attends to that position. An entry that a slot does not attend to is recorded as 0. The tail
+  /// and groups of keep_all need no words. At most 32 slots a sequence; empty: every slot attends to the whole list.
+  view<const std::uint32_t, 2, B> slot_masks;
   view<float, 3, B> out;  ///< [slots, q_heads, head_dim], overwritten; must not overlap q
   view<float, 2, B> lse;  ///< [slots, q_heads] natural log; may be empty
   recording_view<B> recording;
@@ -55,6 +59,13 @@ namespace detail {
 /// The backend's implementation.  // incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
 template <backend B>
 struct attend_impl;
+
+inline constexpr std::int32_t most_masked_slots = 32;  ///< bits of a word of slot_masks
+
+/// Whether slot `slot` of a sequence attends to the position of a word of slot_masks.
+SPECATTN_HD inline bool slot_reads(std::uint32_t word, std::int32_t slot) {
+  return slot < most_masked_slots && (word >> slot & 1u) != 0;
+}
 
 template <storage T, backend B>
 void check_attend(const attend_args<T, B>& a) {
@@ -81,6 +92,12 @@ void check_attend(const attend_args<T, B>& a) {
   if (!a.kept.counts.empty() && sequences > 0) {
     const auto last = (sequences - 1) * a.kept_sequence_stride + a.kv.kv_heads;
     expects(a.kept.groups() >= last, "attend: the selection has ", a.kept.groups(), " groups, ", last, " are needed");
+  }
+  if (!a.slot_masks.empty()) {
+    expects(!a.kept.counts.empty(), "attend: slot_masks without a selection");
+    expects(a.slot_masks.extent(0) >= a.kept.groups() && a.slot_masks.extent(1) >= a.kept.capacity(),
+            "attend: slot_masks is [", a.slot_masks.extent(0), ", ", a.slot_masks.extent(1), "], the selection [",
+            a.kept.groups(), ", ", a.kept.capacity(), "]");
   }
   if (!a.recording.weights.empty()) {
     const auto rows = a.recording.slots == record_slots::newest ? sequences : slots;
@@ -116,8 +133,9 @@ std::size_t attend_workspace_bytes(const context<B>& ctx, const attend_shape& sh
 /// and weights enter the products as sums of two elements (16 bits of them with bf16, 22 with fp16 and fp8_e4m3), and a
 /// value that is not finite reaches every slot of its sequence that shares a tile of positions with it.
 ///
-/// \pre    the slots' keys and values are in the cache; lists satisfy the invariants of selection_view
-/// \throws contract_error (shapes, a recording too short, a workspace too small)
+/// \pre    the slots' keys and values are in the cache; lists satisfy the invariants of selection_view; under slot_masks
+///         values are finite: a listed position that a slot does not attend to counts with weight 0
+/// \throws contract_error (shapes, a recording too short, a workspace too small; on the cpu too many masked slots)
 /// \cost   4 * slots * q_heads * attended * head_dim flop; reads 2 * attended * kv_heads * head_dim elements a sequence
 /// \sync   cpu: done on return. cuda: queued on the context's stream.
 template <storage T, backend B>

@@ -12,6 +12,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #include "../attend.hpp"
@@ -203,10 +204,24 @@ class attend_pass {
         if (tile.counts[row] > 0) first_row = row;
       }
       kernel.score(tile, first_row, block.rows, a_.kv.keys, a_.kv.values, n);
+      if (!a_.slot_masks.empty()) mask_slots(tile, block, first_row, begin);
       for (int row = first_row; row < block.rows; ++row) soften_row(tile, row);
       if (!a_.recording.weights.empty()) record(tile, block, first_row, begin, peaks);
       kernel.add(tile, first_row, block.rows, a_.kv.keys, a_.kv.values, n);
       std::swap(tile.offsets, tile.next_offsets);
+    }
+  }
+
+  /// Takes the list's positions that a row's slot does not read out of its scores.
+  void mask_slots(const tile_scratch& tile, const row_block& block, int first_row, std::int32_t begin) const {
+    const std::ptrdiff_t g = block.sequence * a_.kept_sequence_stride + block.kv_head;
+    if (a_.kept.counts[g] == keep_all) return;
+    for (int row = first_row; row < block.rows; ++row) {
+      const int slot = slot_of(block, row);
+      float* scores = tile.scores + row * tile_positions;
+      const int listed = (std::min)(tile.counts[row], block.kept - begin);
+      for (int i = 0; i < listed; ++i)
+        if (!slot_reads(a_.slot_masks(g, begin + i), slot)) scores[i] = -std::numeric_limits<float>::infinity();
     }
   }
 

@@ -154,6 +154,9 @@ class attend_plan {
     const std::ptrdiff_t g = s * a_.kept_sequence_stride + head;
     const std::int32_t count = a_.kept.counts[g];
     if (count == keep_all) return kv_len;
+    const std::int32_t slots = a_.slot_offsets[s + 1] - a_.slot_offsets[s];
+    expects(a_.slot_masks.empty() || slots <= most_masked_slots, "attend: sequence ", s, " has ", slots,
+            " slots, a word of slot_masks ", most_masked_slots);
     expects(count >= 0 && count <= a_.kept.capacity() && count <= kv_len, "attend: selection group ", g,
             " has count ", count, ", capacity ", a_.kept.capacity(), ", kv_len ", kv_len);
     if (count > 0) {

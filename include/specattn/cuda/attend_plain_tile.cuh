@@ -40,17 +40,19 @@ class plain_tile {
     for (std::int32_t first = begin + warp() * 32; first < end; first += warps * 32) {
       const std::int32_t at = first + lane();
       const std::ptrdiff_t offset = at < end ? gather.offset(gather.position(at)) : -1;
+      const std::uint32_t slots = b.masked != 0 && at < end ? launch_.slots_at(b, at) : ~0u;
       __syncwarp();
       for (int row = 0; row < b.rows; ++row) {
-        const bool attended = at < end && at < facts_.limits[row];
+        const bool listed = at < end && at < facts_.limits[row];
+        const bool attended = listed && (b.masked == 0 || slot_reads(slots, launch_.slot_of(b, row)));
         const float score = attended ? dot(row, offset) : no_score;
-        if (attended && launch_.records() && at < facts_.records[row].limit)
+        if (listed && launch_.records() && at < facts_.records[row].limit)
           facts_.records[row].to[at * launch_.args.recording.weights.stride(2)] = score;
         soften(row, score);
       }
       __syncwarp();
       const std::int32_t positions = end - first < 32 ? end - first : 32;
-      for (int d = lane(); d - lane() < head_dim_; d += 32) add(b, first, positions, offset, d);
+      for (int d = lane(); d - lane() < head_dim_; d += 32) add(b, first, positions, offset, d, slots);
     }
     __syncwarp();
   }
@@ -110,16 +112,18 @@ class plain_tile {
 
   /// Adds the tile's weighted values to element d of every row. A row never touches a value that it does not attend
   /// to, not even with weight zero (0 * inf).
-  __device__ void add(const device_block& b, std::int32_t first, std::int32_t positions, std::ptrdiff_t offset,
-                      int d) {
+  __device__ void add(const device_block& b, std::int32_t first, std::int32_t positions, std::ptrdiff_t offset, int d,
+                      std::uint32_t slots) {
     float sums[rows];
     const bool inside = d < head_dim_;
     for (int row = 0; row < rows; ++row) sums[row] = inside && row < b.rows ? region_[row * head_dim_ + d] : 0.0f;
     for (std::int32_t p = 0; p < positions; ++p) {
       const std::ptrdiff_t from = __shfl_sync(~0u, offset, p);
       const float value = inside ? to_float(launch_.args.kv.values[from + d]) : 0.0f;
+      const std::uint32_t readers = b.masked != 0 ? __shfl_sync(~0u, slots, p) : ~0u;
       for (int row = 0; row < b.rows; ++row)
-        if (first + p < facts_.limits[row]) sums[row] = std::fma(weights_[row * 32 + p], value, sums[row]);
+        if (first + p < facts_.limits[row] && (b.masked == 0 || slot_reads(readers, launch_.slot_of(b, row))))
+          sums[row] = std::fma(weights_[row * 32 + p], value, sums[row]);
     }
     for (int row = 0; inside && row < b.rows; ++row) region_[row * head_dim_ + d] = sums[row];
   }

@@ -34,6 +34,7 @@ struct alignas(16) device_block {
   std::int32_t rows = 0;
   std::int32_t attended = 0;  ///< virtual positions of the last row
   std::int32_t parts = 1;     ///< shares that work on it
+  std::int32_t masked = 0;    ///< whether slots read different entries of the list
 };
 
 /// Blocks hold whole slots, or a slot that has more rows than a block is several.
@@ -113,6 +114,10 @@ struct attend_launch {
   __device__ int head_of(const device_block& b, int row) const {
     return b.kv_head * rows.group + b.first_head + row - rows.slot(row) * rows.group;
   }
+  /// The slots that attend to a virtual position of a masked block, a bit each; the tail's are all set.
+  __device__ std::uint32_t slots_at(const device_block& b, std::int32_t at) const {
+    return at < b.kept ? args.slot_masks(b.sequence * args.kept_sequence_stride + b.kv_head, at) : ~0u;
+  }
   __device__ bool recorded(const device_block& b, int row) const {
     return args.recording.slots == record_slots::all || slot_of(b, row) == b.slots - 1;
   }
@@ -138,6 +143,7 @@ struct attend_launch {
     if (args.kept.counts.empty()) return b;
     const std::int32_t count = args.kept.counts[b.sequence * args.kept_sequence_stride + b.kv_head];
     if (count == keep_all) return b;
+    b.masked = args.slot_masks.empty() ? 0 : 1;
     const auto most = static_cast<std::int32_t>(args.kept.capacity() < b.kv_len ? args.kept.capacity() : b.kv_len);
     b.kept = count < 0 ? 0 : count < most ? count : most;
     return b;

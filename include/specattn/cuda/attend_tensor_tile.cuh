@@ -74,7 +74,7 @@ class tensor_tile {
       await_stage();
       __syncwarp();
       fetch();
-      consume(stages_ + at * stage_bytes, begin + (i * warps + warp()) * attend_tile, all);
+      consume(stages_ + at * stage_bytes, begin + (i * warps + warp()) * attend_tile, all, b);
       at = at + 1 < static_cast<std::uint32_t>(launch_.stages) ? at + 1 : 0;
     }
     await_copies<0>();
@@ -220,9 +220,11 @@ class tensor_tile {
     await_copies<4>();
   }
 
-  __device__ __forceinline__ void consume(std::uint32_t stage, std::int32_t first, std::int32_t all) {
+  __device__ __forceinline__ void consume(std::uint32_t stage, std::int32_t first, std::int32_t all,
+                                          const device_block& b) {
     float scores[Columns][4];
     score(stage, scores);
+    if (b.masked != 0 && first < b.kept) mask_slots(first, b, scores);
     if (first + attend_tile > all) mask(first, scores);
     if (launch_.records()) record(first, scores);
     soften(scores);
@@ -266,6 +268,19 @@ class tensor_tile {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         if (first + lane() / 4 + e / 2 * 8 >= facts_.limits[row_of(n, e)]) scores[n][e] = no_score;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void mask_slots(std::int32_t first, const device_block& b,
+                                             float (&scores)[Columns][4]) const {
+    const std::int32_t at = first + lane() / 4;
+    const std::uint32_t slots[2] = {launch_.slots_at(b, at), launch_.slots_at(b, at + 8)};
+#pragma unroll
+    for (int n = 0; n < Columns; ++n) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        if (!slot_reads(slots[e / 2], launch_.slot_of(b, row_of(n, e)))) scores[n][e] = no_score;
       }
     }
   }
