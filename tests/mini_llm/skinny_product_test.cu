@@ -18,15 +18,15 @@ namespace {
 using specattn::bf16;
 
 struct form {
-  bool wide = false, normed = false, add = false, active = false;
+  bool wide = false, normed = false, add = false, active = false, next = false;
 };
 constexpr form forms[] = {{},
                           {.wide = true},
-                          {.wide = true, .normed = true},
+                          {.normed = true},
                           {.add = true},
-                          {.wide = true, .add = true},
-                          {.wide = true, .normed = true, .active = true},
-                          {.active = true}};
+                          {.wide = true, .add = true, .next = true},
+                          {.normed = true, .active = true},
+                          {.add = true, .next = true}};
 
 /// Random weights and sixteen rows, and what is expected of them.
 class problem {
@@ -43,17 +43,24 @@ class problem {
     fill(wide_, most_rows * inputs);
     fill(gain_, inputs);
     fill(before_, most_rows * outputs);
-    for (const float x : wide_) rounded_.push_back(specattn::from_float<bf16>(x));
-    for (const bf16 weight : weights_) exact_weights_.push_back(static_cast<double>(to_float(weight)));
     for (std::size_t i = 0; i < wide_.size(); ++i) {
       const float gain = what.normed ? gain_[i % static_cast<std::size_t>(inputs)] : 1.0f;
-      exact_.push_back(static_cast<double>(to_float(specattn::from_float<bf16>(wide_[i] * gain))));
+      rounded_.push_back(specattn::from_float<bf16>(wide_[i] * gain));
+      exact_.push_back(static_cast<double>(to_float(rounded_.back())));
     }
+    fill(next_gain_, outputs);
+    for (const bf16 weight : weights_) exact_weights_.push_back(static_cast<double>(to_float(weight)));
     for (std::ptrdiff_t row = 0; row < most_rows; ++row) {
       double squares = 0.0;
-      for (std::ptrdiff_t i = row * inputs; i < (row + 1) * inputs; ++i) {
-        const auto x = static_cast<double>(wide_[static_cast<std::size_t>(i)]);
-        squares += x * x;
+      for (std::ptrdiff_t part = 0; part < inputs / mini_llm::skinny_part; ++part) {
+        double of_part = 0.0;
+        for (std::ptrdiff_t i = 0; i < mini_llm::skinny_part; ++i) {
+          const auto x =
+              static_cast<double>(wide_[static_cast<std::size_t>(row * inputs + part * mini_llm::skinny_part + i)]);
+          of_part += x * x;
+        }
+        squares_.push_back(static_cast<float>(of_part));
+        squares += of_part;
       }
       const double mean = squares / static_cast<double>(inputs) + static_cast<double>(eps);
       scales_.push_back(what.normed ? 1.0 / std::sqrt(mean) : 1.0);
@@ -63,18 +70,27 @@ class problem {
   /// [rows, results()] as floats.
   std::vector<float> run(cuda_fixture& fixture, std::ptrdiff_t rows) const {
     const auto weights = fixture.upload(weights_);
-    const auto wide = fixture.upload(wide_), gain = fixture.upload(gain_);
+    const auto wide = fixture.upload(wide_), squares = fixture.upload(squares_), gain = fixture.upload(next_gain_);
     const auto sums = fixture.upload(before_);
     const auto narrow = fixture.upload(rounded_);
     const specattn::buffer<bf16, specattn::cuda> active(static_cast<std::size_t>(most_rows * outputs_));
     mini_llm::skinny_rows x;
     if (what_.wide) x.wide = wide.shaped({rows, inputs_});
-    if (what_.normed) x.norm = {gain.data(), eps};
     if (!what_.wide) x.rounded = narrow.shaped({rows, inputs_});
+    if (what_.normed) {
+      x.squares = squares.shaped({rows, inputs_ / mini_llm::skinny_part});
+      x.eps = eps;
+    }
     mini_llm::skinny_result y{.add = what_.add};
     if (what_.active) y.active = active.shaped({rows, results()});
     if (!what_.active) y.sums = sums.shaped({rows, outputs_});
-    REQUIRE(mini_llm::is_skinny(fixture.context(), rows, inputs_, what_.normed));
+    const specattn::buffer<bf16, specattn::cuda> next_rows(static_cast<std::size_t>(rows * outputs_));
+    const specattn::buffer<float, specattn::cuda> next_squares(
+        static_cast<std::size_t>(rows * outputs_ / mini_llm::skinny_part));
+    if (what_.next)
+      y.next = {gain.data(), next_rows.shaped({rows, outputs_}),
+                next_squares.shaped({rows, outputs_ / mini_llm::skinny_part})};
+    REQUIRE(mini_llm::is_skinny(fixture.context(), rows, inputs_));
     mini_llm::skinny_product(fixture.context(), x, {weights.data(), outputs_, inputs_}, y);
     std::vector<float> found;
     if (what_.active) {
@@ -85,7 +101,26 @@ class problem {
         CHECK(found[i] == before_[i]);
     }
     found.resize(static_cast<std::size_t>(rows * results()));
+    if (what_.next) check_next(fixture.download(next_rows), fixture.download(next_squares), found);
     return found;
+  }
+
+  /// What is left for the product behind belongs to the sums.
+  void check_next(const std::vector<bf16>& rounded, const std::vector<float>& squares,
+                  const std::vector<float>& sums) const {
+    std::size_t wrong = 0;
+    for (std::size_t i = 0; i < sums.size(); ++i) {
+      const bf16 expected = specattn::from_float<bf16>(sums[i] * next_gain_[i % static_cast<std::size_t>(outputs_)]);
+      wrong += std::memcmp(&rounded[i], &expected, sizeof(bf16)) != 0;
+    }
+    constexpr auto part = static_cast<std::size_t>(mini_llm::skinny_part);
+    for (std::size_t i = 0; i < squares.size(); ++i) {
+      double expected = 0.0;
+      for (std::size_t j = 0; j < part; ++j)
+        expected += static_cast<double>(sums[i * part + j]) * static_cast<double>(sums[i * part + j]);
+      wrong += !(std::abs(static_cast<double>(squares[i]) - expected) <= 1e-6 * expected);
+    }
+    CHECK(wrong == 0);
   }
 
   /// The worst error of rows that run() has made, in what is allowed.
@@ -131,7 +166,7 @@ class problem {
   std::ptrdiff_t outputs_, inputs_;
   form what_;
   std::vector<bf16> weights_, rounded_;
-  std::vector<float> wide_, gain_, before_;
+  std::vector<float> wide_, gain_, next_gain_, before_, squares_;
   std::vector<double> exact_, exact_weights_,
       scales_;  // what is multiplied, and what a row's sums are to be scaled by
 };
@@ -218,9 +253,8 @@ TEST_CASE(
 
 TEST_CASE("skinny_product: is_skinny says what does not fit") {
   cuda_fixture fixture;
-  CHECK(mini_llm::is_skinny(fixture.context(), 1, 64, false));
-  CHECK_FALSE(mini_llm::is_skinny(fixture.context(), 1, 64, true));
-  CHECK_FALSE(mini_llm::is_skinny(fixture.context(), 1, 96, false));
-  CHECK_FALSE(mini_llm::is_skinny(fixture.context(), 17, 64, false));
-  CHECK_FALSE(mini_llm::is_skinny(fixture.context(), 16, 16384, false));
+  CHECK(mini_llm::is_skinny(fixture.context(), 1, 64));
+  CHECK_FALSE(mini_llm::is_skinny(fixture.context(), 1, 96));
+  CHECK_FALSE(mini_llm::is_skinny(fixture.context(), 17, 64));
+  CHECK_FALSE(mini_llm::is_skinny(fixture.context(), 16, 16384));
 }

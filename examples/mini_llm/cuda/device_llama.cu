@@ -1,6 +1,5 @@
 #include "device_llama.cuh"
 
-#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -52,14 +51,16 @@ device_llama::device_llama(const model_config& config, device_weights weights, s
   heads_ = buffer<float, device>(room((config.q_heads + 2 * config.kv_heads) * config.head_dim));
   attended_ = buffer<float, device>(room(config.q_heads * config.head_dim));
   gate_up_ = buffer<float, device>(room(2 * config.ffn));
-  rounded_ = buffer<bf16, device>(room((std::max)(config.hidden, config.q_heads * config.head_dim)));
+  rounded_ = buffer<bf16, device>(room(config.q_heads * config.head_dim));
+  normed_ = buffer<bf16, device>(room(config.hidden));
+  squares_ = buffer<float, device>(room(config.hidden / skinny_part));
   active_ = buffer<bf16, device>(room(config.ffn));
 }
 
 std::size_t device_llama::scratch_bytes() const {
   std::size_t sum = product_.workspace_bytes() + frequencies_.bytes();
-  for (const auto* rows : {&residual_, &kept_, &heads_, &attended_, &gate_up_}) sum += rows->bytes();
-  for (const auto* rows : {&rounded_, &active_}) sum += rows->bytes();
+  for (const auto* rows : {&residual_, &kept_, &heads_, &attended_, &gate_up_, &squares_}) sum += rows->bytes();
+  for (const auto* rows : {&rounded_, &normed_, &active_}) sum += rows->bytes();
   return sum;
 }
 
@@ -77,19 +78,22 @@ void device_llama::check(const specattn::forward_batch<device>& batch, device_vi
 }
 
 void device_llama::begin(context<device>& ctx, const specattn::forward_batch<device>& batch) {
+  const std::ptrdiff_t slots = batch.tokens.extent(0);
   product_.use(ctx);
-  embed(ctx, batch.tokens, rows_of(weights_.embedding()), residual_.shaped({batch.tokens.extent(0), config_.hidden}));
+  const device_view<bf16, 2> normed = normed_.shaped({slots, config_.hidden});
+  embed(ctx, batch.tokens, rows_of(weights_.embedding()), norm(weights_.layer(0).attention_gain),
+        residual_.shaped({slots, config_.hidden}), normed);
+  input_ = {.rounded = normed};
 }
 
 void device_llama::make_queries_keys_values(context<device>& ctx, std::int32_t layer, std::ptrdiff_t slots) {
-  const device_layer& of = weights_.layer(layer);
-  multiply(ctx, {.wide = residual_.shaped({slots, config_.hidden}), .norm = norm(of.attention_gain)},
-           of.queries_keys_values, {.sums = heads_.shaped({slots, of.queries_keys_values.outputs})});
+  const device_matrix& weights = weights_.layer(layer).queries_keys_values;
+  multiply(ctx, input_, weights, {.sums = heads_.shaped({slots, weights.outputs})});
 }
 
 void device_llama::finish_layer(context<device>& ctx, std::int32_t layer, std::ptrdiff_t slots) {
   feed_forward(ctx, weights_.layer(layer), {.wide = attended_.shaped({slots, config_.q_heads * config_.head_dim})},
-               residual_.shaped({slots, config_.hidden}));
+               residual_.shaped({slots, config_.hidden}), norm(weights_.layer(layer + 1).attention_gain));
 }
 
 void device_llama::finish(context<device>& ctx, device_view<const std::int32_t, 1> rows,
@@ -99,27 +103,42 @@ void device_llama::finish(context<device>& ctx, device_view<const std::int32_t, 
   const device_view<float, 2> kept = kept_.shaped({count, config_.hidden});
   gather_rows(ctx, rows, attended_.shaped({shape_.max_slots, q_size}),
               residual_.shaped({shape_.max_slots, config_.hidden}), rounded, kept);
-  feed_forward(ctx, weights_.layer(shape_.layers - 1), {.rounded = rounded}, kept);
-  multiply(ctx, {.wide = kept, .norm = norm(weights_.final_gain())}, weights_.head(), {.sums = logits});
+  feed_forward(ctx, weights_.layer(shape_.layers - 1), {.rounded = rounded}, kept, norm(weights_.final_gain()));
+  multiply(ctx, input_, weights_.head(), {.sums = logits});
 }
 
 void device_llama::feed_forward(context<device>& ctx, const device_layer& layer, const skinny_rows& attended,
-                                device_view<float, 2> residual) {
+                                device_view<float, 2> residual, device_norm next) {
   const device_view<bf16, 2> active = active_.shaped({residual.extent(0), config_.ffn});
-  multiply(ctx, attended, layer.output, {.sums = residual, .add = true});
-  multiply(ctx, {.wide = residual, .norm = norm(layer.feed_forward_gain)}, layer.gate_up, {.active = active});
-  multiply(ctx, {.rounded = active}, layer.down, {.sums = residual, .add = true});
+  add_and_norm(ctx, attended, layer.output, residual, norm(layer.feed_forward_gain));
+  multiply(ctx, input_, layer.gate_up, {.active = active});
+  add_and_norm(ctx, {.rounded = active}, layer.down, residual, next);
+}
+
+void device_llama::add_and_norm(context<device>& ctx, const skinny_rows& rows, const device_matrix& weights,
+                                device_view<float, 2> residual, device_norm next) {
+  const std::ptrdiff_t count = residual.extent(0);
+  const device_view<bf16, 2> normed = normed_.shaped({count, config_.hidden});
+  input_ = {.rounded = normed};
+  if (is_skinny(ctx, count, weights.inputs) && is_skinny(ctx, count, config_.hidden)) {
+    const device_view<float, 2> squares = squares_.shaped({count, config_.hidden / skinny_part});
+    input_.squares = squares;
+    input_.eps = next.eps;
+    return skinny_product(ctx, rows, weights, {.sums = residual, .add = true, .next = {next.gain, normed, squares}});
+  }
+  multiply(ctx, rows, weights, {.sums = residual, .add = true});
+  rms_norm(ctx, residual, next, normed);
 }
 
 void device_llama::multiply(context<device>& ctx, const skinny_rows& rows, const device_matrix& weights,
                             const skinny_result& y) {
-  const bool normed = rows.norm.gain != nullptr, wide = rows.rounded.empty();
+  const bool wide = rows.rounded.empty();
   const std::ptrdiff_t count = wide ? rows.wide.extent(0) : rows.rounded.extent(0);
-  if (is_skinny(ctx, count, weights.inputs, normed)) return skinny_product(ctx, rows, weights, y);
+  if (is_skinny(ctx, count, weights.inputs)) return skinny_product(ctx, rows, weights, y);
   device_view<const bf16, 2> x = rows.rounded;
   if (wide) {
     const device_view<bf16, 2> rounded = rounded_.shaped({count, weights.inputs});
-    normed ? rms_norm(ctx, rows.wide, rows.norm, rounded) : round_rows(ctx, rows.wide, rounded);
+    round_rows(ctx, rows.wide, rounded);
     x = rounded;
   }
   if (y.active.empty()) return product_(x, weights, y.sums, y.add);

@@ -68,15 +68,19 @@ class device_llama {
   void check(const specattn::forward_batch<specattn::cuda>& batch, device_view<float, 2> logits) const;
   void begin(specattn::context<specattn::cuda>& ctx, const specattn::forward_batch<specattn::cuda>& batch);
   void make_queries_keys_values(specattn::context<specattn::cuda>& ctx, std::int32_t layer, std::ptrdiff_t slots);
-  /// From the attention's output to the next layer's residual.
+  /// From the attention's output to the next layer's normed input.
   void finish_layer(specattn::context<specattn::cuda>& ctx, std::int32_t layer, std::ptrdiff_t slots);
   /// The rest of the last layer, and the head, for the wanted rows.
   void finish(specattn::context<specattn::cuda>& ctx, device_view<const std::int32_t, 1> rows,
               device_view<float, 2> logits);
-  /// What follows the attention of a layer, on `residual`.
+  /// What follows the attention of a layer, on `residual`, and the norm that follows.
   void feed_forward(specattn::context<specattn::cuda>& ctx, const device_layer& layer, const skinny_rows& attended,
-                    device_view<float, 2> residual);
+                    device_view<float, 2> residual, device_norm next);
+  /// residual += rows * weights^T; its norm becomes the next product's input.
+  void add_and_norm(specattn::context<specattn::cuda>& ctx, const skinny_rows& rows, const device_matrix& weights,
+                    device_view<float, 2> residual, device_norm next);
   /// y = rows * weights^T by what suits their number. Rows that are neither few nor rounded are rounded first.
+  /// \pre many rows: they have no squares
   void multiply(specattn::context<specattn::cuda>& ctx, const skinny_rows& rows, const device_matrix& weights,
                 const skinny_result& y);
 
@@ -95,8 +99,9 @@ class device_llama {
   device_product product_;
   specattn::buffer<float, specattn::cuda> frequencies_;  // [head_dim / 2]
   // Rows of the pass, [max_slots, …].
-  specattn::buffer<float, specattn::cuda> residual_, kept_, heads_, attended_, gate_up_;
-  specattn::buffer<specattn::bf16, specattn::cuda> rounded_, active_;  // rounded_: the widest that enters a product
+  specattn::buffer<float, specattn::cuda> residual_, kept_, heads_, attended_, gate_up_, squares_;
+  specattn::buffer<specattn::bf16, specattn::cuda> rounded_, normed_, active_;
+  skinny_rows input_;  // of the next product: the residual's norm, made or prepared
 };
 
 }  // namespace mini_llm

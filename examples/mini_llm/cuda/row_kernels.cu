@@ -64,17 +64,21 @@ __device__ void norm_row(const Row& row, std::ptrdiff_t hidden, device_norm norm
 struct embed_arguments {
   device_view<const std::int32_t, 1> tokens;
   device_view<const bf16, 2> embedding;
+  device_norm norm;
   device_view<float, 2> residual;
+  device_view<bf16, 2> normed;
 };
 
 /// One CTA a row.
 __global__ void embed_kernel(const __grid_constant__ embed_arguments a) {
   wait_for_previous_kernel();
   launch_dependents();
+  const std::ptrdiff_t hidden = a.embedding.extent(1);
   const bf16* const row = &a.embedding(a.tokens[blockIdx.x], 0);
   float* const residual = &a.residual(blockIdx.x, 0);
-  for (std::ptrdiff_t i = threadIdx.x * unit; i < a.embedding.extent(1); i += blockDim.x * unit)
+  for (std::ptrdiff_t i = threadIdx.x * unit; i < hidden; i += blockDim.x * unit)
     *reinterpret_cast<float4*>(residual + i) = load(row + i);
+  norm_row([&](std::ptrdiff_t i) { return load(row + i); }, hidden, a.norm, &a.normed(blockIdx.x, 0));
 }
 
 struct norm_arguments {
@@ -161,9 +165,9 @@ dim3 flat_grid(std::ptrdiff_t items, std::ptrdiff_t rows) {
 }  // namespace
 
 void embed(context<device>& ctx, device_view<const std::int32_t, 1> tokens, device_view<const bf16, 2> embedding,
-           device_view<float, 2> residual) {
+           device_norm norm, device_view<float, 2> residual, device_view<bf16, 2> normed) {
   launch(ctx, embed_kernel, dim3(static_cast<unsigned>(tokens.extent(0))), threads_for(embedding.extent(1) / unit),
-         embed_arguments{tokens, embedding, residual});
+         embed_arguments{tokens, embedding, norm, residual, normed});
 }
 
 void rms_norm(context<device>& ctx, device_view<const float, 2> x, device_norm norm, device_view<bf16, 2> normed) {

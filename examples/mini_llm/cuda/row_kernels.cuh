@@ -20,11 +20,12 @@ struct device_norm {
 template <class T, int Rank>
 using device_view = specattn::view<T, Rank, specattn::cuda>;
 
-/// residual = embedding[tokens]: the begin of a pass.
+/// residual = embedding[tokens], and its norm as rms_norm() makes it: the begin of a pass.
 /// \param embedding [vocab, hidden]
 /// \pre   tokens are in [0, vocab) (not checked)
 void embed(specattn::context<specattn::cuda>& ctx, device_view<const std::int32_t, 1> tokens,
-           device_view<const specattn::bf16, 2> embedding, device_view<float, 2> residual);
+           device_view<const specattn::bf16, 2> embedding, device_norm norm, device_view<float, 2> residual,
+           device_view<specattn::bf16, 2> normed);
 
 /// normed = x / sqrt(mean(x²) + eps) * gain, rounded to bf16. x, normed [rows, hidden]
 void rms_norm(specattn::context<specattn::cuda>& ctx, device_view<const float, 2> x, device_norm norm,

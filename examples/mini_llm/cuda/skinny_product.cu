@@ -99,52 +99,53 @@ __device__ void store_rounded(bf16* to, float4 x) {
   reinterpret_cast<__nv_bfloat162*>(to)[1] = high;
 }
 
-/// What a CTA knows of its rows' norms.
-struct row_norms {
-  float squares[most_rows][warps];  // sums by each warp
-  float scales[most_rows];
-};
-
-/// x = rows * gain, rounded: what a row is to be divided by is left to its results, so that one reading does.
-__device__ void take_wide_rows(const skinny_launch& a, bf16* x, row_norms& norms) {
+/// Wide rows to shared memory, rounded. Loads of a thread go out together.
+__device__ void take_wide_rows(const skinny_launch& a, bf16* x) {
+  constexpr int batch = 4;
   const auto inputs = static_cast<std::int32_t>(a.weights.inputs);
-  const std::int32_t each = inputs / 4, items = a.rows * each, warp = static_cast<std::int32_t>(threadIdx.x) / 32;
-  const bool normed = a.x.norm.gain != nullptr;
-#pragma unroll 4
-  for (std::int32_t item = static_cast<std::int32_t>(threadIdx.x); item < items; item += threads) {
-    const std::int32_t row = item / each, i = item % each * 4;  // a warp is in one row
-    const float4 v = *reinterpret_cast<const float4*>(&a.x.wide(row, i));
-    float4 gain{1.0f, 1.0f, 1.0f, 1.0f};
-    if (normed) {
-      gain = *reinterpret_cast<const float4*>(a.x.norm.gain + i);
-      float sum = v.x * v.x + v.y * v.y + v.z * v.z + v.w * v.w;
-      for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-      if (threadIdx.x % 32 == 0) norms.squares[row][warp] += sum;
+  const std::int32_t each = inputs / 4, items = a.rows * each;
+  for (std::int32_t first = static_cast<std::int32_t>(threadIdx.x); first < items; first += batch * threads) {
+    float4 v[batch];
+#pragma unroll
+    for (int j = 0; j < batch; ++j) {
+      const std::int32_t item = first + j * threads;
+      if (item < items) v[j] = *reinterpret_cast<const float4*>(&a.x.wide(item / each, item % each * 4));
     }
-    store_rounded(x + row * (inputs + padding) + i, {v.x * gain.x, v.y * gain.y, v.z * gain.z, v.w * gain.w});
+#pragma unroll
+    for (int j = 0; j < batch; ++j) {
+      const std::int32_t item = first + j * threads;
+      if (item < items) store_rounded(x + item / each * (inputs + padding) + item % each * 4, v[j]);
+    }
   }
 }
 
-__device__ void take_rows(const skinny_launch& a, bf16* x, row_norms& norms) {
-  if (a.x.rounded.empty()) return take_wide_rows(a, x, norms);
+/// A warp adds up a row's squares, in the order of the lanes whatever rows there are.
+__device__ float scale_of(const skinny_launch& a, std::int32_t row) {
+  if (a.x.squares.empty()) return 1.0f;
+  float sum = 0.0f;
+  const auto parts = static_cast<std::int32_t>(a.x.squares.extent(1));
+#pragma unroll 4
+  for (auto i = static_cast<std::int32_t>(threadIdx.x) % 32; i < parts; i += 32) sum += a.x.squares(row, i);
+  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+  return 1.0f / sqrtf(sum / static_cast<float>(a.weights.inputs) + a.x.eps);
+}
+
+/// x = the rows, and what their sums are to be scaled by.
+__device__ void take_rows(const skinny_launch& a, bf16* x, float* scales) {
   const auto inputs = static_cast<std::int32_t>(a.weights.inputs);
-  const std::int32_t each = inputs / 8, items = a.rows * each;
-  for (std::int32_t item = static_cast<std::int32_t>(threadIdx.x); item < items; item += threads) {
+  const std::int32_t each = inputs / 8, items = a.rows * each, warp = static_cast<std::int32_t>(threadIdx.x) / 32;
+  const bool wide = a.x.rounded.empty();
+  for (auto item = static_cast<std::int32_t>(threadIdx.x); !wide && item < items; item += threads) {
     const std::int32_t row = item / each, i = item % each * 8;
     detail::copy_16_bytes(detail::shared_address(x + row * (inputs + padding) + i), &a.x.rounded(row, i), true);
   }
+  if (warp < a.rows) {
+    const float scale = scale_of(a, warp);
+    if (threadIdx.x % 32 == 0) scales[warp] = scale;
+  }
+  if (wide) return take_wide_rows(a, x);
   detail::commit_copies();
   detail::await_copies<0>();
-}
-
-/// After all have taken their part.
-__device__ void find_scales(const skinny_launch& a, row_norms& norms) {
-  const auto row = static_cast<std::int32_t>(threadIdx.x);
-  if (row >= a.rows) return;
-  float sum = 0.0f;
-  for (int w = 0; w < warps; ++w) sum += norms.squares[row][w];
-  const bool normed = a.x.norm.gain != nullptr;
-  norms.scales[row] = normed ? 1.0f / sqrtf(sum / static_cast<float>(a.weights.inputs) + a.x.norm.eps) : 1.0f;
 }
 
 /// The sums of Rows × tile by each warp, of the tiles between two meetings.
@@ -159,10 +160,20 @@ __device__ float total(const partial_sums<Rows>& parts, int which, int element) 
   return sum;
 }
 
+/// Notes a sum for the product behind. The eight sums of a part lie in eight neighbouring lanes.
+__device__ void prepare_next(const skinny_next& next, std::int32_t row, std::int32_t output, float sum) {
+  static_assert(skinny_part == tile, "a part of the squares is a row of a tile");
+  next.rounded(row, output) = specattn::from_float<bf16>(sum * next.gain[output]);
+  const unsigned lanes = 0xffu << (threadIdx.x % 32 / tile * tile);
+  float square = sum * sum;
+  for (int distance = tile / 2; distance > 0; distance /= 2) square += __shfl_xor_sync(lanes, square, distance);
+  if (output % tile == 0) next.squares(row, output / tile) = square;
+}
+
 /// A thread makes one result of tiles number `first` on from the warps' parts.
 template <int Rows>
 __device__ void finish(const skinny_launch& a, std::int32_t first, const partial_sums<Rows>& parts,
-                       const row_norms& norms) {
+                       const float* scales) {
   constexpr int elements = Rows * tile;
   const int element = static_cast<int>(threadIdx.x) % elements, which = static_cast<int>(threadIdx.x) / elements;
   const int row = element / tile, column = element % tile;
@@ -170,13 +181,15 @@ __device__ void finish(const skinny_launch& a, std::int32_t first, const partial
   if (which >= (paired ? 1 : together) || row >= a.rows) return;
   const std::int32_t output = first_output(a, first + which);
   if (output < 0) return;
-  const float sum = total<Rows>(parts, which, element) * norms.scales[row];
+  const float sum = total<Rows>(parts, which, element) * scales[row];
   if (paired) {
-    const float up = total<Rows>(parts, 1, element) * norms.scales[row], active = sum / (1.0f + __expf(-sum)) * up;
+    const float up = total<Rows>(parts, 1, element) * scales[row], active = sum / (1.0f + __expf(-sum)) * up;
     a.y.active(row, output + column) = specattn::from_float<bf16>(active);
   } else if (output + column < a.weights.outputs) {
     float& y = a.y.sums(row, output + column);
-    y = a.y.add ? y + sum : sum;
+    const float result = a.y.add ? y + sum : sum;
+    y = result;
+    if (a.y.next.gain != nullptr) prepare_next(a.y.next, row, output + column, result);
   }
 }
 
@@ -199,19 +212,16 @@ __device__ void multiply_unit(float (&sum)[4], const bf16* x, std::int32_t eight
 template <int Rows>
 __global__ void __launch_bounds__(threads, 2) skinny_kernel(const __grid_constant__ skinny_launch a) {
   extern __shared__ __align__(128) std::byte memory[];
-  __shared__ row_norms norms;
+  __shared__ float scales[most_rows];
   auto* const parts = reinterpret_cast<partial_sums<Rows>*>(memory + stages * warps * unit_bytes);  // two, in turn
   auto* const x = reinterpret_cast<bf16*>(parts + 2);
   const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
   weight_stream stream(a, memory, warp, lane);
   detail::launch_dependents();
   for (int i = 0; i < stages - 1; ++i) stream.start_next();
-  if (threadIdx.x < most_rows * warps) (&norms.squares[0][0])[threadIdx.x] = 0.0f;
-  __syncthreads();
   detail::wait_for_previous_kernel();
-  take_rows(a, x, norms);
+  take_rows(a, x, scales);
   __syncthreads();
-  find_scales(a, norms);  // seen by all when they next meet
   // Rows beyond the last are read from the last: their sums go nowhere.
   const std::int32_t stride = static_cast<std::int32_t>(a.weights.inputs) + padding, last = a.rows - 1;
   const std::int32_t upper = min(lane / 4, last), lower = min(lane / 4 + 8, last);
@@ -231,7 +241,7 @@ __global__ void __launch_bounds__(threads, 2) skinny_kernel(const __grid_constan
       if constexpr (Rows > 8) *reinterpret_cast<float2*>(to + 8 * tile) = {sum[2], sum[3]};
     }
     __syncthreads();
-    finish<Rows>(a, first, part, norms);
+    finish<Rows>(a, first, part, scales);
   }
 }
 
@@ -265,9 +275,9 @@ void start(const specattn::context<device>& ctx, const skinny_launch& launch) {
 
 }  // namespace
 
-bool is_skinny(const specattn::context<device>& ctx, std::ptrdiff_t rows, std::ptrdiff_t inputs, bool normed) {
-  return rows <= most_rows && inputs % (normed ? 128 : unit) == 0 &&
-         shared_bytes(rows, inputs) + sizeof(row_norms) <= static_cast<std::size_t>(ctx.block_shared_bytes());
+bool is_skinny(const specattn::context<device>& ctx, std::ptrdiff_t rows, std::ptrdiff_t inputs) {
+  return rows <= most_rows && inputs % unit == 0 &&
+         shared_bytes(rows, inputs) + most_rows * sizeof(float) <= static_cast<std::size_t>(ctx.block_shared_bytes());
 }
 
 void skinny_product(specattn::context<device>& ctx, const skinny_rows& x, const device_matrix& weights,
