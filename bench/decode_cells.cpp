@@ -80,6 +80,8 @@ const char* name_of(way w) {
       return "sparse draft, dense verify";
     case way::specattn:
       return "SpecAttn";
+    case way::reuse:
+      return "SpecAttn, every 4th round";
     case way::dense_draft:
       return "SpecAttn, dense draft";
   }
@@ -96,7 +98,8 @@ std::vector<series> planned_series() {
     if (std::none_of(plan.begin(), plan.end(), known))
       plan.push_back({what, has_draft(decoding) ? draft_lengths : std::vector<std::int32_t>{0}});
   };
-  constexpr way in_order[] = {way::dense, way::specattn, way::sparse_draft, way::dense_draft, way::autoregressive};
+  constexpr way in_order[] = {way::dense,        way::specattn,    way::reuse,
+                              way::sparse_draft, way::dense_draft, way::autoregressive};
   for (const goal_row& row : goal_rows) {
     for (const way w : in_order) add(row.pair, row.kv_len, row.batch, w, 0.22, {4, 2, 3, 5, 6, 7, 8});
   }

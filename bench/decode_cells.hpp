@@ -41,14 +41,16 @@ enum class way {
   dense,         ///< speculation, everything dense
   sparse_draft,  ///< the same with a sparse draft: lossless
   specattn,      ///< sparse draft and sparse verify pass
+  reuse,         ///< the same, recording and selecting in every fourth round
   dense_draft,   ///< dense draft and sparse verify pass
 };
-inline constexpr way all_ways[] = {way::autoregressive, way::dense, way::sparse_draft, way::specattn,
-                                   way::dense_draft};
+inline constexpr way all_ways[] = {way::autoregressive, way::dense, way::sparse_draft,
+                                   way::specattn,       way::reuse, way::dense_draft};
 const char* name_of(way w);
 constexpr bool has_draft(way w) { return w != way::autoregressive; }
-constexpr bool has_sparse_draft(way w) { return w == way::sparse_draft || w == way::specattn; }
-constexpr bool has_guide(way w) { return w == way::specattn || w == way::dense_draft; }
+constexpr bool has_sparse_draft(way w) { return w == way::sparse_draft || w == way::specattn || w == way::reuse; }
+constexpr bool has_guide(way w) { return w == way::specattn || w == way::reuse || w == way::dense_draft; }
+constexpr std::int32_t record_every(way w) { return w == way::reuse ? 4 : 1; }
 
 /// Rounds that one decoder can run: all but the draft length.
 struct setup {
@@ -65,7 +67,7 @@ struct setup {
   bool operator==(const setup&) const = default;
 };
 
-/// One cell: the medians over its timed rounds.
+/// One cell: the medians over its timed rounds; where rounds take turns, the mean over the turns' medians.
 struct cell : setup {
   std::int32_t draft_length = 0;
   std::int32_t cached = 0;  ///< prefix positions of a sequence; a little below kv_len, where the last round ends

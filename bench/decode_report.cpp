@@ -12,11 +12,6 @@
 namespace bench {
 namespace {
 
-using specattn::pass_cost;
-using specattn::round_cost;
-using specattn::round_setting;
-using specattn::round_workload;
-
 std::string number(double value, int digits) {
   char text[32];
   std::snprintf(text, sizeof(text), "%.*f", digits, value);
@@ -24,30 +19,17 @@ std::string number(double value, int digits) {
 }
 std::string ratio_or_dash(double value) { return value > 0 ? number(value, 2) + "x" : "-"; }
 
-round_workload work_of(const cell& c) {
-  return {.sequences = static_cast<double>(c.batch),
-          .kv_len = static_cast<double>(c.cached),
-          .target_rows = c.models().target.rows(),
-          .draft_rows = c.models().draft.rows(),
-          .kept_share = has_guide(c.decoding) ? c.kept : 1.0,
-          .draft_kept_share = has_sparse_draft(c.decoding) ? c.kept : 1.0};
-}
-round_cost byte_cost(const cell& c) {
-  const double speed = 1e9 * c.copy_gb_s;
+/// Milliseconds that moving the models' weights once a pass and KV rows takes at the copy bandwidth.
+double bytes_ms(const cell& c, double draft_rows, double target_rows) {
   const llama_size &target = c.models().target, &draft = c.models().draft;
-  round_cost cost;
-  cost.target = pass_cost::of_bytes(target.weight_bytes(), target.row_bytes(), speed);
-  cost.draft = pass_cost::of_bytes(draft.weight_bytes(), draft.row_bytes(), speed);
-  return cost;
+  const double bytes = c.draft_length * draft.weight_bytes() + draft_rows * draft.row_bytes() +
+                       target.weight_bytes() + target_rows * target.row_bytes();
+  return 1e3 * bytes / (1e9 * c.copy_gb_s);
 }
 
 /// How much faster than dense speculation, at the same draft length, bytes alone would make a round.
 double bound_over_dense(const cell& c) {
-  round_workload dense = work_of(c);
-  dense.draft_kept_share = 1.0;
-  const round_cost cost = byte_cost(c);
-  return round_seconds(cost, dense, {c.draft_length, false}) /
-         round_seconds(cost, work_of(c), {c.draft_length, has_guide(c.decoding)});
+  return bytes_ms(c, c.draft_rows_dense, c.target_rows_dense) / bytes_ms(c, c.draft_rows, c.target_rows);
 }
 
 double tokens_a_second(const cell& c, double acceptance) {
@@ -81,7 +63,8 @@ void write_goals(std::ostream& out, const cell_file& file) {
          "In brackets what bytes alone would give at the copy bandwidth measured in the same run.\n\n"
          "| target <- draft | kv_len | batch | dense ms | SpecAttn ms | over dense | goal | dense draft | sparse "
          "draft, "
-         "dense verify | 10 % kept | importance + selection |\n|---|---|---|---|---|---|---|---|---|---|---|\n";
+         "dense verify | 10 % kept | recording every 4th round | importance + selection "
+         "|\n|---|---|---|---|---|---|---|---|---|---|---|---|\n";
   for (const goal_row& row : goal_rows) {
     const setup what{row.pair, row.kv_len, row.batch};
     const cell* dense = find(file, what, way::dense, 1, 4);
@@ -98,7 +81,8 @@ void write_goals(std::ostream& out, const cell_file& file) {
         << with_bound(ours) << "** | " << number(row.goal, 2) << (met ? " met" : " missed") << " | "
         << with_bound(find(file, what, way::dense_draft, 0.22, 4)) << " | "
         << with_bound(find(file, what, way::sparse_draft, 0.22, 4)) << " | "
-        << with_bound(find(file, what, way::specattn, 0.10, 4)) << " | " << number(100 * ours->guide_share(), 1)
+        << with_bound(find(file, what, way::specattn, 0.10, 4)) << " | "
+        << with_bound(find(file, what, way::reuse, 0.22, 4)) << " | " << number(100 * ours->guide_share(), 1)
         << " % |\n";
   }
 }
@@ -109,8 +93,8 @@ void write_speeds(std::ostream& out, const cell_file& file, double acceptance) {
          "are "
          "computed. 22 % kept.\n\n| target | kv_len | batch | autoregressive | dense speculation | sparse draft, "
          "dense "
-         "verify | SpecAttn | over autoregressive | over dense speculation "
-         "|\n|---|---|---|---|---|---|---|---|---|\n";
+         "verify | SpecAttn | recording every 4th round | over autoregressive | over dense speculation "
+         "|\n|---|---|---|---|---|---|---|---|---|---|\n";
   std::vector<setup> seen;
   for (const cell& c : file.cells()) {
     const setup what{c.pair, c.kv_len, c.batch};
@@ -129,6 +113,7 @@ void write_speeds(std::ostream& out, const cell_file& file, double acceptance) {
     const cell* dense = best_of(file, what, way::dense, 1, acceptance);
     const cell* lossless = best_of(file, what, way::sparse_draft, 0.22, acceptance);
     const cell* ours = best_of(file, what, way::specattn, 0.22, acceptance);
+    const cell* reused = best_of(file, what, way::reuse, 0.22, acceptance);
     if (ours == nullptr) continue;
     const auto gain = [&](const cell* c) {
       return c == nullptr ? std::string("-")
@@ -136,7 +121,8 @@ void write_speeds(std::ostream& out, const cell_file& file, double acceptance) {
     };
     out << "| " << what.models().target.name << " | " << what.kv_len << " | " << what.batch << " | "
         << (plain ? number(tokens_a_second(*plain, acceptance), 0) : "-") << " | " << speed(dense) << " | "
-        << speed(lossless) << " | " << speed(ours) << " | " << gain(plain) << " | " << gain(dense) << " |\n";
+        << speed(lossless) << " | " << speed(ours) << " | " << speed(reused) << " | " << gain(plain) << " | "
+        << gain(dense) << " |\n";
   }
 }
 
@@ -148,10 +134,14 @@ void write_cells(std::ostream& out, const cell_file& file) {
     const double slots = c.batch * (c.draft_length + 1);
     return {1.0, slots, c.target_rows, slots * c.target_rows};
   };
+  const auto guide_terms = [](const cell& c) -> std::array<double, 2> {
+    const double share = 1.0 / record_every(c.decoding);
+    return {share, share * c.batch * c.cached};
+  };
   for (const cell& c : file.cells()) {
     target[c.pair].observe(target_terms(c), c.verify_ms + c.accept_ms + c.rest_ms());
     if (c.draft_length > 0) draft[c.pair].observe({static_cast<double>(c.draft_length), c.draft_rows}, c.draft_ms);
-    if (has_guide(c.decoding)) guide[c.pair].observe({1.0, static_cast<double>(c.batch) * c.cached}, c.guide_ms);
+    if (has_guide(c.decoding)) guide[c.pair].observe(guide_terms(c), c.guide_ms);
   }
   const auto sum = [](const auto& terms, const auto& factors) {
     double total = 0;
@@ -171,8 +161,7 @@ void write_cells(std::ostream& out, const cell_file& file) {
     if (c.draft_length > 0)
       foretold +=
           sum(std::array<double, 2>{static_cast<double>(c.draft_length), c.draft_rows}, draft[c.pair].solve());
-    if (has_guide(c.decoding))
-      foretold += sum(std::array<double, 2>{1.0, static_cast<double>(c.batch) * c.cached}, guide[c.pair].solve());
+    if (has_guide(c.decoding)) foretold += sum(guide_terms(c), guide[c.pair].solve());
     const double off = foretold / c.round_ms - 1;
     close += std::abs(off) <= 0.1;
     const byte_floor floor = floor_of(c);
@@ -204,7 +193,8 @@ byte_floor floor_of(const cell& c) {
     const double steps = has_sparse_draft(c.decoding) ? 1 : c.draft_length;
     // Recorded rows once, importance written and read once, lists written.
     floor.guide_ms = milliseconds * 4 * prefix *
-                     (steps * draft.layers * draft.q_heads + target.layers * target.kv_heads * (2 + c.kept));
+                     (steps * draft.layers * draft.q_heads + target.layers * target.kv_heads * (2 + c.kept)) /
+                     record_every(c.decoding);
   }
   return floor;
 }

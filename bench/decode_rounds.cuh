@@ -114,11 +114,18 @@ struct round_plan {
   std::int32_t batch = 1;
   std::int32_t draft_length = 0;  ///< at most
   bool sparse_draft = false;
+  std::int32_t record_every = 1;
   share_rules rules;
 
   static round_plan of(const setup& what, std::int32_t longest, const share_rules& rules) {
     constexpr std::int32_t room = 128;  // for the rounds' tokens, so that no prefix passes kv_len
-    return {what.kv_len, what.kv_len - room, what.batch, longest, has_sparse_draft(what.decoding), rules};
+    return {what.kv_len,
+            what.kv_len - room,
+            what.batch,
+            longest,
+            has_sparse_draft(what.decoding),
+            bench::record_every(what.decoding),
+            rules};
   }
   specattn::decode_options options() const {
     specattn::decode_options o;
@@ -127,6 +134,7 @@ struct round_plan {
     o.max_positions = kv_len;
     o.sparse_draft = sparse_draft;
     o.record_steps = 1;  // the first; a sparse draft's only dense one
+    o.record_every = record_every;
     o.draft_rule = rules.draft;
     return o;
   }
@@ -169,17 +177,30 @@ inline double median(std::vector<double> numbers) {
   return numbers[numbers.size() / 2];
 }
 
+/// What the rounds of one turn took, in milliseconds.
+struct turn_times {
+  std::vector<double> round, draft, guide, verify, accept;
+
+  void add(double round_ms, const specattn::round_trace& trace) {
+    round.push_back(round_ms);
+    draft.push_back(1e3 * trace.draft_seconds);
+    guide.push_back(1e3 * trace.guide_seconds);
+    verify.push_back(1e3 * trace.verify_seconds);
+    accept.push_back(1e3 * trace.accept_seconds);
+  }
+};
+
 /// Rounds of one draft length: the first ones capture and warm up, the others are timed by the wall clock, which
 /// the round's own synchronisation makes complete.
 template <class Decoder>
 cell time_rounds(Decoder& decoder, const std::vector<std::int32_t>& rows, const round_plan& plan, const setup& what,
                  std::int32_t draft_length) {
-  constexpr int warm = 2, timed = 5;
+  const std::int32_t every = plan.record_every, warm = (std::max)(2, every), timed = every == 1 ? 5 : 3 * every;
   for (const std::int32_t row : rows)
     decoder.rewind(row, {.max_new_tokens = plan.kv_len, .draft_length = draft_length});
-  std::vector<double> round, draft, guide, verify, accept;
-  cell found{what};
-  for (int i = 0; i < warm + timed; ++i) {
+  std::vector<turn_times> turns(static_cast<std::size_t>(every));
+  specattn::decode_counts counts;
+  for (std::int32_t i = 0; i < warm + timed; ++i) {
     std::size_t told = 0;
     const auto start = std::chrono::steady_clock::now();
     decoder.step([&](std::int32_t, std::span<const std::int32_t> tokens) {
@@ -189,26 +210,28 @@ cell time_rounds(Decoder& decoder, const std::vector<std::int32_t>& rows, const 
     const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - start;
     if (told != rows.size()) throw std::runtime_error("a sequence wrote no token in a round");
     if (i < warm) continue;
-    const specattn::round_trace& trace = decoder.last_round();
-    round.push_back(took.count());
-    draft.push_back(1e3 * trace.draft_seconds);
-    guide.push_back(1e3 * trace.guide_seconds);
-    verify.push_back(1e3 * trace.verify_seconds);
-    accept.push_back(1e3 * trace.accept_seconds);
-    const specattn::decode_counts& counts = trace.counts;
-    found.target_rows = static_cast<double>(counts.kv_rows_read);
-    found.target_rows_dense = static_cast<double>(counts.kv_rows_dense);
-    found.draft_rows = static_cast<double>(counts.draft_rows_read);
-    found.draft_rows_dense = static_cast<double>(counts.draft_rows_dense);
-    found.dense_share = static_cast<double>(counts.dense_rounds) / static_cast<double>(counts.rounds);
+    turns[static_cast<std::size_t>(i % every)].add(took.count(), decoder.last_round());
+    counts += decoder.last_round().counts;
   }
+  const auto mean = [&](std::vector<double> turn_times::*of) {
+    double sum = 0.0;
+    for (const turn_times& turn : turns) sum += median(turn.*of);
+    return sum / every;
+  };
+  const auto a_round = [&](std::int64_t count) { return static_cast<double>(count) / timed; };
+  cell found{what};
   found.draft_length = draft_length;
   found.cached = plan.cached;
-  found.round_ms = median(round);
-  found.draft_ms = median(draft);
-  found.guide_ms = median(guide);
-  found.verify_ms = median(verify);
-  found.accept_ms = median(accept);
+  found.round_ms = mean(&turn_times::round);
+  found.draft_ms = mean(&turn_times::draft);
+  found.guide_ms = mean(&turn_times::guide);
+  found.verify_ms = mean(&turn_times::verify);
+  found.accept_ms = mean(&turn_times::accept);
+  found.target_rows = a_round(counts.kv_rows_read);
+  found.target_rows_dense = a_round(counts.kv_rows_dense);
+  found.draft_rows = a_round(counts.draft_rows_read);
+  found.draft_rows_dense = a_round(counts.draft_rows_dense);
+  found.dense_share = static_cast<double>(counts.dense_rounds) / static_cast<double>(counts.rounds);
   return found;
 }
 
@@ -293,7 +316,7 @@ inline std::vector<std::vector<std::int32_t>> texts_of(specattn::context<device>
 inline std::size_t check_rounds(specattn::context<device>& ctx, loaded_pair& models, const llama_size& target,
                                 const llama_size& draft, std::int32_t kv_len, std::uint64_t draft_seed) {
   round_plan plan{
-      .kv_len = kv_len, .cached = kv_len - 64, .batch = 2, .draft_length = 4, .sparse_draft = false, .rules = {}};
+      .kv_len = kv_len, .cached = kv_len - 64, .batch = 2, .draft_length = 4, .record_every = 2, .rules = {}};
   const auto dense = texts_of(ctx, models, target, draft, plan, way::dense, draft_seed, 6);
   std::size_t written = 0;
   for (const auto& text : dense) written += text.size();

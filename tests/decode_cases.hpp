@@ -228,6 +228,84 @@ TEST_CASE("decode: below the minimum context and in dense layers everything is r
   CHECK(finish_row(all_layers, second) == expected);
 }
 
+TEST_CASE("decode: rounds that reuse lists and keep every position equal plain decoding") {
+  decode_fixture f;
+  const auto prompt = prompt_of(50, 2);
+  const auto expected = autoregressive(f, prompt, 60);
+  for (const bool history : {false, true}) {
+    for (const std::int32_t every : {2, 3, 100}) {
+      for (const bool sparse_draft : {false, true}) {
+        guided guide(flat_alignment({4, 16}, history), toy_rule(1.0f));
+        decode_options options{.draft_length = 3, .record_every = every, .prefill_chunk = 32};
+        options.sparse_draft = sparse_draft;
+        auto decoder = make_decoder<float>(f.ctx, f.target, f.draft, guide, options);
+        const auto row = decoder.add({.prompt = prompt, .max_new_tokens = 60});
+        CHECK(finish_row(decoder, row) == expected);
+        const decode_counts& c = decoder.counts(row);
+        CHECK(c.kv_rows_read == c.kv_rows_dense);
+        CHECK(c.draft_rows_read <= c.draft_rows_dense);
+        CHECK(c.reused_rounds > 0);
+        CHECK(c.reused_rounds < c.rounds);
+      }
+    }
+  }
+}
+
+TEST_CASE("decode: a round that reuses lists leaves out what the round that selected them did, and nothing since") {
+  decode_fixture f;
+  const auto prompt = prompt_of(90, 8);
+  constexpr std::int32_t gamma = 3, every = 4;
+  guided guide(flat_alignment({4}), toy_rule(0.5f));
+  decode_options options{.draft_length = gamma, .record_every = every, .prefill_chunk = 32};
+  options.sparse_draft = true;
+  options.draft_rule = toy_rule(0.6f);
+  auto decoder = make_decoder<float>(f.ctx, f.target, f.draft, guide, options);
+  decoder.add({.prompt = prompt, .max_new_tokens = 120});
+  std::int64_t target = 0, draft = 0;  // left out, by the pass or by each sparse step
+  for (int i = 0; i < 16; ++i) {
+    REQUIRE(decoder.step([](std::int32_t, std::span<const std::int32_t>) { return true; }));
+    const decode_counts& c = decoder.last_round().counts;
+    CHECK(c.reused_rounds == (i % every == 0 ? 0 : 1));
+    const std::int64_t steps = i % every == 0 ? gamma - 1 : gamma;
+    if (i % every == 0) {
+      target = c.kv_rows_dense - c.kv_rows_read;
+      draft = (c.draft_rows_dense - c.draft_rows_read) / steps;
+      CHECK(target > 0);
+      CHECK(draft > 0);
+    }
+    CHECK(c.kv_rows_dense - c.kv_rows_read == target);
+    CHECK(c.draft_rows_dense - c.draft_rows_read == steps * draft);
+  }
+}
+
+TEST_CASE("decode: a sequence that joins, leaves or starts over makes the next round record") {
+  decode_fixture f;
+  const auto prompt = prompt_of(60, 14);
+  guided guide(flat_alignment({4}), toy_rule(0.5f));
+  decode_options options{.draft_length = 2, .max_sequences = 2, .record_every = 100, .prefill_chunk = 32};
+  auto decoder = make_decoder<float>(f.ctx, f.target, f.draft, guide, options);
+  const auto reused = [&] {
+    decoder.step([](std::int32_t, std::span<const std::int32_t>) { return true; });
+    return decoder.last_round().counts.reused_rounds;
+  };
+  const auto a = decoder.add({.prompt = prompt, .max_new_tokens = 100});
+  CHECK(reused() == 0);
+  CHECK(reused() == 1);
+  const auto b = decoder.add({.prompt = prompt_of(40, 15), .max_new_tokens = 100});
+  CHECK(reused() == 0);
+  CHECK(reused() == 2);
+  decoder.remove(b);
+  const auto c = decoder.add({.prompt = prompt_of(33, 16), .max_new_tokens = 100});
+  CHECK(c == b);
+  CHECK(reused() == 0);
+  CHECK(reused() == 2);
+  decoder.remove(c);
+  CHECK(reused() == 0);
+  decoder.rewind(a, {.max_new_tokens = 50});
+  CHECK(reused() == 0);
+  CHECK(reused() == 1);
+}
+
 TEST_CASE("decode: sampling is reproducible, alone and in a batch") {
   decode_fixture f;
   const auto prompt = prompt_of(30, 9);

@@ -166,6 +166,8 @@ TEST_CASE("decode: models and options that do not fit are refused with the value
                        contract_error);
   CHECK_THROWS_WITH_AS(make(none, {.draft_length = 2}), "decode: draft_length 2 without a draft model",
                        contract_error);
+  CHECK_THROWS_WITH_AS(make(f.draft, {.record_every = 0}), "decode: record_every 0 must be at least 1",
+                       contract_error);
   CHECK_THROWS_WITH_AS(make(f.draft, {.max_positions = 321}),
                        "decode: max_positions 321 is outside 1 … 320, the target's context", contract_error);
   toy::model stranger(

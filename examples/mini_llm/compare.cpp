@@ -116,6 +116,7 @@ comparison compare_systems(const session& made, const specattn::decode_request& 
   dense.kind = guide_kind::none;
   specattn::decode_options options = made.decode;
   options.refresh_every = 0;
+  options.record_every = 1;
   options.sparse_draft = false;
   options.adaptive = false;
   options.draft_length = 0;

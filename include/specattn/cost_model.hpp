@@ -204,8 +204,8 @@ class round_planner {
       // Of the drafted tokens that were judged (those behind a rejected one were not), how many were accepted.
       accepted_ = fade * accepted_ + static_cast<double>(c.accepted);
       judged_ = fade * judged_ + static_cast<double>(c.accepted + c.corrected);
-      if (c.draft_rows_dense > 0)
-        draft_read_ = static_cast<double>(c.draft_rows_read) / static_cast<double>(c.draft_rows_dense);
+      draft_read_ = fade * draft_read_ + static_cast<double>(c.draft_rows_read);
+      draft_read_of_ = fade * draft_read_of_ + static_cast<double>(c.draft_rows_dense);
     }
     if (c.dense_rounds < c.rounds) {
       guide_.observe({1.0, static_cast<double>(c.rounds) * kv_len}, trace.guide_seconds);
@@ -225,7 +225,7 @@ class round_planner {
     round_workload work = work_;
     work.acceptance = judged_ > 0 ? accepted_ / judged_ : 0.5;
     work.kept_share = kept_of_ > 0 ? kept_ / kept_of_ : 1.0;
-    work.draft_kept_share = draft_read_;
+    work.draft_kept_share = draft_read_of_ > 0 ? draft_read_ / draft_read_of_ : 1.0;
     return work;
   }
 
@@ -250,7 +250,7 @@ class round_planner {
   detail::fading_fit<2> guide_;
   double accepted_ = 0, judged_ = 0;
   double kept_ = 0, kept_of_ = 0;
-  double draft_read_ = 1;
+  double draft_read_ = 0, draft_read_of_ = 0;
 };
 
 }  // namespace specattn::inline v0_1

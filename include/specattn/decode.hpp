@@ -69,6 +69,7 @@ class decoder {
   template <class Progress>
   std::int32_t add(const decode_request& request, Progress&& progress) {
     const std::int32_t row = sequences_.take_row(request);
+    turns_.begin_anew();
     const auto length = static_cast<std::int32_t>(request.prompt.size());
     for (std::int32_t from = 0; from < length - 1; from += options_.prefill_chunk) {
       const std::int32_t to = (std::min)(from + options_.prefill_chunk, length - 1);
@@ -87,6 +88,7 @@ class decoder {
   /// came behind the prompt is rolled back, nothing is prefilled again.
   void rewind(std::int32_t row, const decode_request& request) {
     sequences_.rewind(row, request);
+    turns_.begin_anew();
     const std::int32_t cached = sequences_.at(row).prompt_length - 1;
     cache_.roll_back(row, cached);
     if (drafter_) drafter_->cache().roll_back(row, (std::min)(drafter_->cache().length(row), cached));
@@ -103,12 +105,14 @@ class decoder {
     trace_ = {};
     trace_.sequences = batch_.size;
     double mark = now();
-    if (drafter_) drafter_->run(batch_, sequences_, trace_.counts);
+    const std::span<const std::int32_t> rows(batch_.rows.data(), static_cast<std::size_t>(batch_.size));
+    reuse_ = batch_.longest_draft() > 0 && turns_.may_reuse(options_.record_every, rows, sparse_);
+    if (drafter_) drafter_->run(batch_, sequences_, trace_.counts, reuse_);
     trace_.draft_seconds = lap(mark);
     lay_out_verify_pass();
     auto state = round();
-    guide_->before_verify(*ctx_, state);
-    keep_dense_where_asked(state);
+    choose_rows(state);
+    turns_.take(rows, sparse_, any_dense(), reuse_);
     trace_.guide_seconds = lap(mark);
     run_target(state);
     trace_.verify_seconds = lap(mark);
@@ -182,8 +186,11 @@ class decoder {
   void allocate(std::int32_t slots) {
     sequences_ = detail::sequence_table(sizes_, shape_.vocab, options_.draft_length);
     batch_ = detail::round_batch(sizes_, shape_.vocab);
+    turns_ = detail::recording_turns(sizes_.sequences);
     pass_ = detail::pass_arrays(sizes_.sequences, slots);
     kept_ = selection<B>(sizes_.target_groups, sizes_.positions);
+    selected_ = buffer<std::int32_t, B>(static_cast<std::size_t>(sizes_.target_groups));
+    selected_lens_ = buffer<std::int32_t, B>(static_cast<std::size_t>(sizes_.sequences));
     if (needs_.target_weights) weights_ = buffer<float, B>(sizes_.target_weights);
     logits_ = buffer<float, B>(static_cast<std::size_t>(sizes_.judged) * static_cast<std::size_t>(shape_.vocab));
     const auto count = static_cast<std::size_t>(sizes_.sequences);
@@ -282,12 +289,27 @@ class decoder {
     return state;
   }
 
-  void keep_dense_where_asked(const round_state<T, B>& state) {
+  bool any_dense() const {
+    return std::any_of(dense_.data(), dense_.data() + batch_.size, [](std::uint8_t dense) { return dense != 0; });
+  }
+
+  /// The guide's selection, or the last one and the positions since; everything where that is asked for.
+  void choose_rows(round_state<T, B>& state) {
+    const bool reuse = reuse_ && needs_.draft_weights;
+    const std::ptrdiff_t a_layer = std::ptrdiff_t{batch_.size} * shape_.kv_heads;
+    for (std::ptrdiff_t g = 0; reuse && g < state.kept.groups(); ++g) {
+      const std::ptrdiff_t s = g % a_layer / shape_.kv_heads;
+      detail::grow_list(state.kept, g, selected_.data()[g], selected_lens_.data()[s], pass_.kv_lens.data()[s]);
+    }
+    if (!reuse) guide_->before_verify(*ctx_, state);
     for (std::int32_t layer = 0; layer < shape_.layers; ++layer) {
       for (std::int32_t s = 0; s < batch_.size; ++s) {
         if (layer < options_.dense_layers || dense_.data()[s] != 0) state.keep_everything(layer, s);
       }
     }
+    if (reuse) return;
+    for (std::ptrdiff_t g = 0; g < state.kept.groups(); ++g) selected_.data()[g] = state.kept.counts[g];
+    std::copy_n(pass_.kv_lens.data(), batch_.size, selected_lens_.data());
   }
 
   void run_target(round_state<T, B>& state) {
@@ -350,7 +372,8 @@ class decoder {
   void count_rows(const round_state<T, B>& state, std::int32_t s) {
     detail::sequence_state& seq = in_batch(s);
     const std::int32_t kv_len = pass_.kv_lens.data()[s];
-    const decode_counts rows = detail::rows_read(state, s, slots_of(s), guide_->metadata_rows(kv_len));
+    decode_counts rows = detail::rows_read(state, s, slots_of(s), guide_->metadata_rows(kv_len));
+    rows.reused_rounds = reuse_ ? 1 : 0;
     seq.counts += rows;
     trace_.counts += rows;
     if (rows.dense_rounds > 0 && kv_len <= seq.exact_length)
@@ -392,9 +415,13 @@ class decoder {
   detail::sequence_table sequences_;
   detail::round_batch batch_;
   detail::round_pace pace_;
+  detail::recording_turns turns_;
   bool sparse_ = true;  // this round's pace
+  bool reuse_ = false;  // this round reads what one before has selected
   detail::pass_arrays pass_;
   selection<B> kept_;
+  buffer<std::int32_t, B> selected_;       // counts of kept_ when it was selected
+  buffer<std::int32_t, B> selected_lens_;  // [sequences] positions it was selected from
   buffer<float, B> weights_, logits_;
   buffer<std::int32_t, B> replayed_, accepted_, next_;  // [sequences] in batch order
   buffer<std::uint8_t, B> dense_;

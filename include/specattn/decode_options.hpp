@@ -24,6 +24,10 @@ struct decode_options {
   std::int32_t dense_layers = 0;   ///< the first target layers that always stay dense
   std::int32_t refresh_every = 0;  ///< every n rounds, rewrite the keys and values since the last exact one; 0: never
   std::int32_t record_steps = 0;   ///< draft steps whose weights guide the round; 0: all of them
+  /// Of so many rounds the first records the draft's weights and selects, of the target's positions and of a sparse
+  /// draft's. The others read what it kept and every position since. A round records anyway when the sequences are not
+  /// those of the round before, or when one of them was dense then.
+  std::int32_t record_every = 1;
   /// Each round drafts 1 … draft_length tokens and verifies densely or sparsely, whichever the costs of the rounds
   /// before predict to be fastest (cost_model.hpp). With a sparse verify pass the text then depends on the clock.
   bool adaptive = false;
@@ -46,10 +50,11 @@ enum class finish_reason { running, stop_token, length, context_full, cancelled 
 
 /// Counts, never rates: divide where the denominator is known not to be zero.
 struct decode_counts {
-  std::int64_t rounds = 0;        ///< rounds a sequence took part in = its verify passes
-  std::int64_t dense_rounds = 0;  ///< of them, rounds that read everything (min_context, refresh, no draft)
-  std::int64_t refreshed = 0;     ///< of them, rounds that rewrote approximate keys and values
-  std::int64_t proposed = 0;      ///< drafted tokens that were verified
+  std::int64_t rounds = 0;         ///< rounds a sequence took part in = its verify passes
+  std::int64_t dense_rounds = 0;   ///< of them, rounds that read everything (min_context, refresh, no draft)
+  std::int64_t reused_rounds = 0;  ///< of them, rounds that read what a round before had selected (record_every)
+  std::int64_t refreshed = 0;      ///< of them, rounds that rewrote approximate keys and values
+  std::int64_t proposed = 0;       ///< drafted tokens that were verified
   std::int64_t accepted = 0;
   std::int64_t corrected = 0;  ///< rounds that ended in a correction
   std::int64_t bonus = 0;      ///< rounds whose drafts were all accepted
@@ -64,6 +69,7 @@ struct decode_counts {
   decode_counts& operator+=(const decode_counts& other) {
     rounds += other.rounds;
     dense_rounds += other.dense_rounds;
+    reused_rounds += other.reused_rounds;
     refreshed += other.refreshed;
     proposed += other.proposed;
     accepted += other.accepted;

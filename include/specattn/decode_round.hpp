@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <optional>
 #include <span>
+#include <vector>
 
 #include "cost_model.hpp"
 #include "decode_options.hpp"
@@ -43,6 +44,36 @@ inline decode_counts take_tokens(sequence_state& seq, std::span<const std::int32
   for (std::int32_t i = 0; i < accepted; ++i) ++counts.accepted_at[static_cast<std::size_t>(i)];
   return counts;
 }
+
+/// Whose turn it is to record, and whose to reuse what a round before has selected (decode_options::record_every).
+class recording_turns {
+ public:
+  recording_turns() = default;
+  explicit recording_turns(std::int32_t sequences) { rows_.reserve(static_cast<std::size_t>(sequences)); }
+
+  /// The next round records: some sequence is not the one it was.
+  void begin_anew() { rounds_ = 0; }
+  /// Whether a round of these cache rows may read what the last recording one selected.
+  bool may_reuse(std::int32_t every, std::span<const std::int32_t> rows, bool sparse) const {
+    return rounds_ > 0 && rounds_ < every && (sparse_ || !sparse) &&
+           std::equal(rows.begin(), rows.end(), rows_.begin(), rows_.end());
+  }
+  /// Notes a round.
+  /// \param any_dense some sequence read everything, so that what was selected says nothing of it
+  void take(std::span<const std::int32_t> rows, bool sparse, bool any_dense, bool reused) {
+    if (!reused) {
+      rows_.assign(rows.begin(), rows.end());
+      sparse_ = sparse;
+      rounds_ = 0;
+    }
+    rounds_ = any_dense ? 0 : rounds_ + 1;
+  }
+
+ private:
+  std::vector<std::int32_t> rows_;  // of the last round that recorded
+  std::int32_t rounds_ = 0;         // it and those behind it; 0: the next one records
+  bool sparse_ = false;             // whether the target's lists were made, too
+};
 
 /// Decides how a round runs: as the options say, or, where they are adaptive, as the rounds before suggest.
 class round_pace {

@@ -122,6 +122,7 @@ inline void check_decode(const model_shape& target, const model_shape& draft, co
           " is outside 0 … ", max_draft_length);
   expects(draft.layers > 0 || o.draft_length == 0, "decode: draft_length ", o.draft_length, " without a draft model");
   expects(o.max_sequences >= 1, "decode: max_sequences ", o.max_sequences, " must be at least 1");
+  expects(o.record_every >= 1, "decode: record_every ", o.record_every, " must be at least 1");
   expects(o.record_steps >= 0 && o.refresh_every >= 0 && o.min_context >= 0 && o.dense_layers >= 0,
           "decode: record_steps ", o.record_steps, ", refresh_every ", o.refresh_every, ", min_context ",
           o.min_context, " and dense_layers ", o.dense_layers, " must not be negative");

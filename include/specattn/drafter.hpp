@@ -35,7 +35,11 @@ class drafter {
         pass_(sizes.sequences, (std::max)(options.prefill_chunk, 2 * sizes.sequences)) {
     const auto sequences = static_cast<std::size_t>(sizes.sequences);
     if (record_) weights_ = buffer<float, B>(sizes.draft_weights);
-    if (options.sparse_draft) kept_ = selection<B>(sizes.draft_groups, capacity_);
+    if (options.sparse_draft) {
+      kept_ = selection<B>(sizes.draft_groups, capacity_);
+      selected_ = buffer<std::int32_t, B>(static_cast<std::size_t>(sizes.draft_groups));
+      selected_lens_ = buffer<std::int32_t, B>(sequences);
+    }
     group_lens_ = buffer<std::int32_t, B>(static_cast<std::size_t>(sizes.draft_groups));
     recorded_ = buffer<std::int32_t, B>(sequences);
     masses_ = buffer<float, B>(sequences * static_cast<std::size_t>(rows_ * shape_.layers * shape_.q_heads));
@@ -58,8 +62,10 @@ class drafter {
   kv_cache<T, B>& cache() { return cache_; }
 
   /// Drafts for the whole batch into batch.drafted (and batch.probabilities where it samples).
-  void run(round_batch& batch, sequence_table& sequences, decode_counts& counts) {
-    sparse_ = false;
+  /// \param reuse nothing is recorded; a sparse draft reads what it selected for these rows before, and all since
+  void run(round_batch& batch, sequence_table& sequences, decode_counts& counts, bool reuse) {
+    sparse_ = reuse && options_.sparse_draft;
+    reuse_ = reuse;
     std::fill_n(recorded_.data(), recorded_.size(), 0);
     const std::int32_t longest = batch.longest_draft();
     for (std::int32_t s = 0; s < batch.size; ++s) {
@@ -69,7 +75,8 @@ class drafter {
       gather(step, batch, sequences);
       forward(step, batch, sequences, counts);
       choose(step, batch, sequences);
-      if (options_.sparse_draft && step == 0 && longest > 1) select_own(batch);
+      const bool again = longest > 1 || options_.record_every > 1;
+      if (options_.sparse_draft && step == 0 && !reuse && again) select_own(batch);
     }
   }
 
@@ -137,7 +144,10 @@ class drafter {
     attention_pass<T, B> pass(*ctx_, cache_,
                               {pass_.slot_offsets.shaped({batch.size + 1}), pass_.kv_lens.shaped({batch.size}),
                                batch.rows.shaped({batch.size})});
-    const bool records = record_ && step < steps_;
+    const bool records = record_ && !reuse_ && step < steps_;
+    for (std::int32_t s = 0; sparse_ && s < batch.size; ++s) {
+      if (slots_of(s) > 0) grow_lists(s, batch.size);
+    }
     if (records) {
       const std::ptrdiff_t set = sparse_ ? rows_ : step;  // a sparse step's kept rows lie behind the others
       pass.record(
@@ -154,9 +164,6 @@ class drafter {
       cache_.advance(batch.rows.data()[s], slots_of(s));
     }
     if (records) note_weights(step, batch);
-    for (std::int32_t s = 0; s < batch.size; ++s) {
-      if (sparse_ && slots_of(s) > 0) extend_lists(s, batch.size);
-    }
   }
 
   std::ptrdiff_t set_size(std::int32_t sequences) const {
@@ -252,7 +259,11 @@ class drafter {
     importance<float, B> from;
     from.weights = {weights_.data(), {groups, heads, longest}, {heads * capacity_, capacity_, 1}};
     from.kv_lens = group_lens_.shaped({groups});
-    select(*ctx_, from, options_.draft_rule, kept_view(batch.size));
+    const selection_view<B> kept = kept_view(batch.size);
+    select(*ctx_, from, options_.draft_rule, kept);
+    std::copy_n(&kept.counts[0], groups, selected_.data());
+    for (std::int32_t s = 0; s < batch.size; ++s)
+      selected_lens_.data()[s] = slots_of(s) > 0 ? cache_.length(batch.rows.data()[s]) : 0;
     sparse_ = true;
   }
 
@@ -266,14 +277,13 @@ class drafter {
     return pass_.slot_offsets.data()[s + 1] - pass_.slot_offsets.data()[s];
   }
 
-  /// The token just cached becomes prefix for the next step: every list takes it.
-  void extend_lists(std::int32_t s, std::int32_t sequences) {
+  /// Before a sparse step: every list takes in what was cached since it was selected.
+  void grow_lists(std::int32_t s, std::int32_t sequences) {
     const selection_view<B> kept = kept_view(sequences);
-    const std::int32_t position = pass_.kv_lens.data()[s];
     for (std::int32_t layer = 0; layer < shape_.layers; ++layer) {
       for (std::int32_t h = 0; h < shape_.kv_heads; ++h) {
         const std::ptrdiff_t g = group(layer, s, h, sequences);
-        if (kept.counts[g] != keep_all) kept.positions(g, kept.counts[g]++) = position;
+        grow_list(kept, g, selected_.data()[g], selected_lens_.data()[s], pass_.kv_lens.data()[s]);
       }
     }
   }
@@ -291,7 +301,8 @@ class drafter {
     const selection_view<B> kept = kept_view(sequences);
     for (std::int32_t layer = 0; layer < shape_.layers; ++layer) {
       for (std::int32_t h = 0; h < shape_.kv_heads; ++h) {
-        counts.draft_rows_read += kept.counts[group(layer, s, h, sequences)] + slots;
+        const std::int32_t count = kept.counts[group(layer, s, h, sequences)];
+        counts.draft_rows_read += (count == keep_all ? pass_.kv_lens.data()[s] : count) + slots;
       }
     }
     return counts;
@@ -306,10 +317,13 @@ class drafter {
   std::int32_t capacity_;
   kv_cache<T, B> cache_;
   bool record_;
-  bool sparse_ = false;  // this round's lists are made
+  bool sparse_ = false;  // there are lists to read
+  bool reuse_ = false;   // this round records nothing
   pass_arrays pass_;
   buffer<float, B> weights_;  // [steps, layers, sequences, q_heads, positions]
   selection<B> kept_;
+  buffer<std::int32_t, B> selected_;       // counts of kept_ when it was selected
+  buffer<std::int32_t, B> selected_lens_;  // [sequences] positions it was selected from
   buffer<float, B> logits_;
   buffer<float, B> masses_;  // [recorded steps, layers, sequences, q_heads]
   buffer<std::int32_t, B> group_lens_, recorded_;

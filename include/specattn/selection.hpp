@@ -58,6 +58,22 @@ struct selection_view {
   }
 };
 
+namespace detail {
+
+/// Makes group g the list of its first `count` entries and positions [first, end), which follow them, padding included;
+/// a group that keeps all goes on doing so.
+template <backend B>
+SPECATTN_HD void grow_list(const selection_view<B>& lists, std::ptrdiff_t g, std::int32_t count, std::int32_t first,
+                           std::int32_t end) {
+  for (std::int32_t position = first; count != keep_all && position < end; ++position)
+    lists.positions(g, count++) = position;
+  const std::ptrdiff_t padded = count == keep_all ? 0 : padded_count(count, lists.capacity());
+  for (std::ptrdiff_t i = count; i < padded; ++i) lists.positions(g, i) = -1;
+  lists.counts[g] = count;
+}
+
+}  // namespace detail
+
 /// Owning. Starts with every group empty.
 template <backend B = cpu>
 class selection {

@@ -106,6 +106,7 @@ class decoder<T, Target, Draft, Guide, cuda> {
   /// Starts a row over from its prompt under another request; nothing is prefilled again.
   void rewind(std::int32_t row, const decode_request& request) {
     sequences_.rewind(row, request);
+    turns_.begin_anew();
     const std::int32_t cached = sequences_.at(row).prompt_length - 1;
     verifier_->cache().roll_back(row, cached);
     if (drafter_) drafter_->cache().roll_back(row, (std::min)(drafter_->cache().length(row), cached));
@@ -160,6 +161,7 @@ class decoder<T, Target, Draft, Guide, cuda> {
   void allocate() {
     sequences_ = detail::sequence_table(sizes_, shape_.vocab, options_.draft_length);
     const auto rows = static_cast<std::size_t>(sizes_.sequences);
+    turns_ = detail::recording_turns(sizes_.sequences);
     fresh_.assign(rows, 1);
     refreshed_.assign(rows, 0);
     exchange_ = detail::round_exchange(sizes_.sequences, options_.draft_length);
@@ -171,6 +173,7 @@ class decoder<T, Target, Draft, Guide, cuda> {
 
   std::int32_t take_row(const decode_request& request) {
     const std::int32_t row = sequences_.take_row(request);
+    turns_.begin_anew();
     fresh_[static_cast<std::size_t>(row)] = 1;
     return row;
   }
@@ -223,11 +226,14 @@ class decoder<T, Target, Draft, Guide, cuda> {
     }
     key_.sparse = key_.sparse && (key_.drafts > 0 || !guide_->needs().draft_weights);
     key_.max_len = detail::length_bucket(longest, sizes_.positions);
+    key_.reuse = key_.drafts > 0 && (key_.sparse || options_.sparse_draft) &&
+                 turns_.may_reuse(options_.record_every, key_.rows, key_.sparse);
     return true;
   }
 
   /// Brings the draft's cache to within two tokens of each text, makes room, and tells the device what it must know.
   void prepare_round() {
+    bool any_dense = false;
     for (std::size_t s = 0; s < key_.rows.size(); ++s) {
       const std::int32_t row = key_.rows[s];
       const detail::sequence_state& seq = sequences_.at(row);
@@ -247,6 +253,7 @@ class decoder<T, Target, Draft, Guide, cuda> {
       const std::int32_t* const end = seq.text.data() + length;
       const std::int32_t drafts = (std::min)(wanted_of(seq), key_.drafts);
       const bool dense = refreshed || length - 1 < options_.min_context || drafts == 0;
+      any_dense = any_dense || dense;
       const detail::sequence_input input{.cache_row = row,
                                          .text_len = length,
                                          .draft_cached = draft_cached,
@@ -259,6 +266,7 @@ class decoder<T, Target, Draft, Guide, cuda> {
     }
     verifier_->cache().publish(*ctx_);
     if (drafter_) drafter_->cache().publish(*ctx_);
+    turns_.take(key_.rows, key_.sparse, any_dense, key_.reuse);
   }
 
   /// Where it is due, rewrites a row's keys and values since the last exact one. Returns whether it was.
@@ -280,7 +288,8 @@ class decoder<T, Target, Draft, Guide, cuda> {
 
   void queue_round() {
     const auto n = static_cast<std::int32_t>(key_.rows.size());
-    const detail::round_arrays round = exchange_.arrays(n, key_.drafts);
+    detail::round_arrays round = exchange_.arrays(n, key_.drafts);
+    round.reuse = key_.reuse;
     const auto* const drafter = drafter_ ? &*drafter_ : nullptr;
     round_state<T, cuda> state = verifier_->state(round, key_, drafter);
     const detail::kept_launch lists = verifier_->lists(round, state, drafter);
@@ -339,16 +348,14 @@ class decoder<T, Target, Draft, Guide, cuda> {
     counts.kv_rows_read = out.rows_read;
     counts.kv_rows_dense = a_position * (length + exchange_.told(s).drafts);
     counts.dense_rounds = out.dense;
+    counts.reused_rounds = key_.reuse ? 1 : 0;
     counts.refreshed = refreshed_[static_cast<std::size_t>(key_.rows[static_cast<std::size_t>(s)])];
     if (key_.drafts == 0) return counts;
     const std::int64_t drafts = key_.drafts, growth = drafts * (drafts - 1) / 2;
     const std::int64_t a_draft_position = std::int64_t{drafter_->shape().layers} * drafter_->shape().kv_heads;
     counts.draft_rows_dense = a_draft_position * (drafts * length + growth);
-    counts.draft_rows_read = counts.draft_rows_dense;
-    if (options_.sparse_draft && drafts > 1) {
-      const std::int64_t kept = out.draft_kept - (drafts - 1) * a_draft_position;  // before the lists grew
-      counts.draft_rows_read = a_draft_position * (length + growth) + (drafts - 1) * kept;
-    }
+    const std::int64_t sparse_steps = options_.sparse_draft ? drafts - (key_.reuse ? 0 : 1) : 0;
+    counts.draft_rows_read = counts.draft_rows_dense - sparse_steps * out.draft_left_out;
     return counts;
   }
 
@@ -390,6 +397,7 @@ class decoder<T, Target, Draft, Guide, cuda> {
   detail::sequence_table sequences_;
   std::vector<std::int32_t> fresh_;      // [rows] 1: no guided round yet
   std::vector<std::int32_t> refreshed_;  // [rows] 1: before this round
+  detail::recording_turns turns_;
   std::optional<round_planner> planner_;
   double kv_len_ = 0.0;  // of the round, for the planner
   detail::round_key key_;

@@ -130,15 +130,22 @@ static __global__ void __launch_bounds__(record_threads)
   if (thread == 0) launch.masses[row] += share;
 }
 
-/// The token that a sparse step has cached becomes prefix for the next: every list takes it.
+/// Before a sparse step: its lists take in what was cached since they were selected.
+struct step_lists_launch {
+  round_arrays round;
+  selection_view<cuda> kept;  // [layers * sequences * kv_heads]
+  std::int32_t* selected;     // [same] their counts when they were selected
+  std::int32_t kv_heads;
+  bool fresh;  // they have just been
+};
+
 static __global__ void __launch_bounds__(record_threads)
-    extend_lists_kernel(const __grid_constant__ sparse_step_launch launch) {
+    step_lists_kernel(const __grid_constant__ step_lists_launch launch) {
   const auto g = static_cast<std::int32_t>(blockIdx.x * record_threads + threadIdx.x);
   if (g >= launch.kept.groups()) return;
-  const std::int32_t s = g / launch.kv_heads % launch.round.sequences, count = launch.kept.counts[g];
-  if (count == keep_all || count >= launch.kept.capacity()) return;
-  launch.kept.positions(g, count) = launch.round.input[s].text_len + launch.step - 1;
-  launch.kept.counts[g] = count + 1;
+  const std::int32_t s = g / launch.kv_heads % launch.round.sequences;
+  if (launch.fresh) launch.selected[g] = launch.kept.counts[g];
+  grow_list(launch.kept, g, launch.selected[g], launch.round.recorded_lens[s], launch.round.draft_lens[s]);
 }
 
 // ---- the verify pass's lists ----------------------------------------------------------------------------------
@@ -146,19 +153,23 @@ static __global__ void __launch_bounds__(record_threads)
 struct kept_launch {
   round_arrays round;
   selection_view<cuda> kept;  // [layers * sequences * kv_heads]; empty: the round is dense
-  selection_view<cuda> own;   // a sparse draft's; empty: there is none
+  std::int32_t* selected;     // [same] their counts when they were selected
+  selection_view<cuda> own;   // a sparse draft's, as they were selected; empty: there is none
   std::int32_t layers, kv_heads, dense_layers;
   std::int32_t own_layers, own_kv_heads;
 };
 
-/// The first layers, and sequences whose round is dense, keep everything.
+/// Lists that are reused take in the positions since. The first layers, and sequences whose round is dense, keep
+/// everything.
 static __global__ void __launch_bounds__(record_threads)
-    keep_dense_kernel(const __grid_constant__ kept_launch launch) {
+    settle_lists_kernel(const __grid_constant__ kept_launch launch) {
   const auto g = static_cast<std::int32_t>(blockIdx.x * record_threads + threadIdx.x);
   if (g >= launch.kept.groups()) return;
-  const std::int32_t layer = g / launch.kv_heads / launch.round.sequences,
-                     s = g / launch.kv_heads % launch.round.sequences;
-  if (layer < launch.dense_layers || launch.round.input[s].dense != 0) launch.kept.counts[g] = keep_all;
+  const round_arrays& r = launch.round;
+  const std::int32_t layer = g / launch.kv_heads / r.sequences, s = g / launch.kv_heads % r.sequences;
+  if (r.reuse) grow_list(launch.kept, g, launch.selected[g], r.recorded_lens[s] - 1, r.prefix_lens[s]);
+  if (layer < launch.dense_layers || r.input[s].dense != 0) launch.kept.counts[g] = keep_all;
+  if (!r.reuse) launch.selected[g] = launch.kept.counts[g];
 }
 
 __device__ __forceinline__ std::int64_t warp_sum(std::int64_t value) {
@@ -193,9 +204,13 @@ static __global__ void __launch_bounds__(32) report_kernel(const __grid_constant
     out.rows_read = entries_of(launch.kept, s, r.sequences, launch.layers, launch.kv_heads, prefix, all);
   out.rows_read += std::int64_t{launch.layers} * launch.kv_heads * (r.input[s].drafts + 1);
   out.dense = all ? 1 : 0;
-  if (!launch.own.counts.empty())
-    out.draft_kept =
-        entries_of(launch.own, s, r.sequences, launch.own_layers, launch.own_kv_heads, prefix + r.drafts, all);
+  if (!launch.own.counts.empty()) {
+    const std::int32_t length = r.recorded_lens[s];
+    bool ignored = true;
+    out.draft_left_out =
+        std::int64_t{launch.own_layers} * launch.own_kv_heads * length -
+        entries_of(launch.own, s, r.sequences, launch.own_layers, launch.own_kv_heads, length, ignored);
+  }
   out.accepted = r.accepted[s];
   out.next = r.next[s];
   for (std::int32_t i = 0; i < r.input[s].drafts; ++i) out.undrafted |= r.drafted[s * r.drafts + i] < 0 ? 1 : 0;

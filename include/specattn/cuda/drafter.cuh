@@ -38,6 +38,7 @@ class device_drafter {
     if (record_) masses_ = buffer<float, cuda>(sequences * static_cast<std::size_t>(rows_ * heads()));
     if (options.sparse_draft) {
       kept_ = selection<cuda>(sizes.draft_groups, positions_);
+      selected_ = buffer<std::int32_t, cuda>(static_cast<std::size_t>(sizes.draft_groups));
       lengths_ = buffer<std::int32_t, cuda>(static_cast<std::size_t>(sizes.draft_groups));
     }
     logits_ = buffer<float, cuda>(sequences * static_cast<std::size_t>(shape_.vocab));
@@ -67,18 +68,19 @@ class device_drafter {
              view<float, 3, cuda> probabilities) {
     for (std::int32_t step = 0; step < round.drafts; ++step) {
       start_kernel(ctx, draft_step_kernel, dim3(1), layout_threads, draft_step_launch{round, step}, "decode");
-      const bool sparse = options_.sparse_draft && step > 0;
+      const bool sparse = options_.sparse_draft && (step > 0 || round.reuse);
+      if (sparse) grow_lists(ctx, round, step == 1 && !round.reuse);
       attend_in(ctx, round, step, sparse);
       draw(ctx, round, step, probabilities);
-      if (!record_) continue;
+      if (!record_ || round.reuse) continue;
       if (options_.sparse_draft && step == 0) {
         note_masses(ctx, round, 1);
-        if (round.drafts > 1) select_own(ctx, round, max_kv_len);
-      } else if (sparse) {
-        take_sparse_step(ctx, round, step);
+        if (has_lists(round)) select_own(ctx, round, max_kv_len);
+      } else if (sparse && step < steps_) {
+        add_sparse_step(ctx, round, step);
       }
     }
-    if (record_ && !options_.sparse_draft) note_masses(ctx, round, recorded(round));
+    if (record_ && !options_.sparse_draft && !round.reuse) note_masses(ctx, round, recorded(round));
   }
 
   /// [recorded steps, layers, sequences, q_heads, capacity] of a round; a sparse draft's steps are summed.
@@ -92,13 +94,21 @@ class device_drafter {
     return view<const float, 4, cuda>(masses_.data(),
                                       {recorded(round), shape_.layers, round.sequences, shape_.q_heads});
   }
-  /// A sparse draft's lists; empty where it is dense.
-  selection_view<cuda> lists(const round_arrays& round) const {
-    if (!options_.sparse_draft || round.drafts < 2) return {};
-    return kept_.view().slice(0, std::ptrdiff_t{shape_.layers} * round.sequences * shape_.kv_heads);
+  /// A sparse draft's lists as they were selected; empty where it is dense.
+  selection_view<cuda> selected_lists(const round_arrays& round) const {
+    if (!has_lists(round)) return {};
+    selection_view<cuda> selected = lists(round);
+    selected.counts = selected_.shaped({selected.groups()});
+    return selected;
   }
 
  private:
+  bool has_lists(const round_arrays& round) const {
+    return options_.sparse_draft && (round.drafts > 1 || options_.record_every > 1);
+  }
+  selection_view<cuda> lists(const round_arrays& round) const {
+    return kept_.view().slice(0, std::ptrdiff_t{shape_.layers} * round.sequences * shape_.kv_heads);
+  }
   std::int32_t heads() const { return shape_.layers * shape_.q_heads; }
   std::int32_t group_heads() const { return shape_.q_heads / shape_.kv_heads; }
   /// A sparse draft's lists are selected from the sum of a group's heads where the rule averages them: recorded rows all
@@ -114,7 +124,7 @@ class device_drafter {
 
   void attend_in(context<cuda>& ctx, const round_arrays& round, std::int32_t step, bool sparse) {
     attention_pass<T, cuda> pass(ctx, cache_, draft_layout(round));
-    if (record_ && step < steps_) {
+    if (record_ && step < steps_ && !round.reuse) {
       const std::ptrdiff_t set = sparse ? rows_ : step;  // a sparse step's kept rows lie behind the others
       pass.record({weights_.data() + set * step_rows(round) * capacity_,
                    {shape_.layers, round.sequences, shape_.q_heads, capacity_}},
@@ -159,17 +169,19 @@ class device_drafter {
     select(ctx, from, own_rule(), lists(round));
   }
 
-  void take_sparse_step(context<cuda>& ctx, const round_arrays& round, std::int32_t step) {
+  void grow_lists(context<cuda>& ctx, const round_arrays& round, bool fresh) {
+    const step_lists_launch launch{round, lists(round), selected_.data(), shape_.kv_heads, fresh};
+    start_kernel(ctx, step_lists_kernel, dim3(blocks_of(launch.kept.groups(), record_threads)), record_threads,
+                 launch, "decode");
+  }
+
+  void add_sparse_step(context<cuda>& ctx, const round_arrays& round, std::int32_t step) {
     const sparse_step_launch launch{
         round,           step,           lists(round),     weights_.data() + rows_ * step_rows(round) * capacity_,
         weights_.data(), masses_.data(), step_rows(round), capacity_,
         shape_.q_heads,  shape_.kv_heads};
-    if (step < steps_) {
-      start_kernel(ctx, add_kept_kernel, dim3(static_cast<unsigned>(step_rows(round))), record_threads, launch,
-                   "decode");
-    }
-    start_kernel(ctx, extend_lists_kernel, dim3(blocks_of(launch.kept.groups(), record_threads)), record_threads,
-                 launch, "decode");
+    start_kernel(ctx, add_kept_kernel, dim3(static_cast<unsigned>(step_rows(round))), record_threads, launch,
+                 "decode");
   }
 
   Draft* draft_;
@@ -184,6 +196,7 @@ class device_drafter {
   buffer<float, cuda> weights_;  // [steps, layers, sequences, q_heads, capacity]
   buffer<float, cuda> masses_;   // [steps, layers, sequences, q_heads]
   selection<cuda> kept_;
+  buffer<std::int32_t, cuda> selected_;  // counts of kept_ when it was selected
   buffer<std::int32_t, cuda> lengths_;
   buffer<float, cuda> logits_;
 };

@@ -28,24 +28,26 @@ struct sequence_input {
 
 /// What the host reads of a sequence after a round.
 struct sequence_output {
-  std::int64_t rows_read;   ///< KV rows of the verify pass, metadata aside
-  std::int64_t draft_kept;  ///< entries of the sparse draft's lists after its last step
+  std::int64_t rows_read;       ///< KV rows of the verify pass, metadata aside
+  std::int64_t draft_left_out;  ///< KV rows that a step of a sparse draft does not read
   std::int32_t accepted;
   std::int32_t next;
   std::int32_t dense;      ///< 1: nothing was left out
   std::int32_t undrafted;  ///< 1: some draft step had no token to draw
 };
 
-/// Device arrays of a round. `sequences` and `drafts` are fixed when a round is captured.
+/// Device arrays of a round. `sequences`, `drafts` and `reuse` are fixed when a round is captured.
 struct round_arrays {
   std::int32_t sequences = 0;
   std::int32_t drafts = 0;  // of each sequence
+  bool reuse = false;       // the round reads what one before has selected, and the positions since
   const sequence_input* input = nullptr;
   const sampler_options* samplers = nullptr;
   // [sequences]
   std::int32_t* cache_rows = nullptr;
   std::int32_t* prefix_lens = nullptr;
   std::int32_t* fresh = nullptr;
+  std::int32_t* recorded_lens = nullptr;  // of the texts when lists were selected
   std::int32_t* accepted = nullptr;
   std::int32_t* next = nullptr;
   std::int64_t* text_lens = nullptr;
@@ -85,6 +87,7 @@ static __global__ void __launch_bounds__(layout_threads) begin_round_kernel(cons
     r.prefix_lens[s] = in.text_len - 1;
     r.fresh[s] = in.fresh;
     r.text_lens[s] = in.text_len;
+    if (!r.reuse) r.recorded_lens[s] = in.text_len;
   }
 }
 
@@ -165,7 +168,7 @@ class round_memory {
         input_(size(sequences)),
         samplers_(size(sequences)),
         wide_(2 * size(sequences)),
-        numbers_(13 * size(sequences) + 2 + size(sequences * drafts) + 3 * size(sequences * (drafts + 1))),
+        numbers_(14 * size(sequences) + 2 + size(sequences * drafts) + 3 * size(sequences * (drafts + 1))),
         output_(size(sequences)) {}
 
   /// The arrays of a round of so many sequences that draft so many tokens each.
@@ -183,6 +186,7 @@ class round_memory {
     r.cache_rows = take(sequences_);
     r.prefix_lens = take(sequences_);
     r.fresh = take(sequences_);
+    r.recorded_lens = take(sequences_);
     r.accepted = take(sequences_);
     r.next = take(sequences_);
     r.draft_tokens = take(2 * sequences_);

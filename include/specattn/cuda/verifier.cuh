@@ -33,7 +33,10 @@ class device_verifier {
         dense_layers_(options.dense_layers),
         capacity_(sizes.recording_capacity),
         cache_(sizes.target_cache) {
-    if (guided) kept_ = selection<cuda>(sizes.target_groups, sizes.positions);
+    if (guided) {
+      kept_ = selection<cuda>(sizes.target_groups, sizes.positions);
+      selected_ = buffer<std::int32_t, cuda>(static_cast<std::size_t>(sizes.target_groups));
+    }
     if (guide.needs().target_weights) weights_ = buffer<float, cuda>(sizes.target_weights);
     const auto vocab = static_cast<std::size_t>(shape_.vocab);
     logits_ = buffer<float, cuda>(static_cast<std::size_t>(sizes.judged) * vocab);
@@ -92,6 +95,7 @@ class device_verifier {
   kept_launch lists(const round_arrays& round, const round_state<T, cuda>& state, const Drafter* drafter) const {
     kept_launch lists{.round = round,
                       .kept = state.kept,
+                      .selected = selected_.data(),
                       .own = {},
                       .layers = shape_.layers,
                       .kv_heads = shape_.kv_heads,
@@ -99,7 +103,7 @@ class device_verifier {
                       .own_layers = 0,
                       .own_kv_heads = 0};
     if (drafter == nullptr) return lists;
-    lists.own = drafter->lists(round);
+    lists.own = drafter->selected_lists(round);
     lists.own_layers = drafter->shape().layers;
     lists.own_kv_heads = drafter->shape().kv_heads;
     return lists;
@@ -108,9 +112,9 @@ class device_verifier {
   /// \pre the guide is one
   void choose_rows(context<cuda>& ctx, round_state<T, cuda>& state, const kept_launch& lists) {
     if constexpr (guided) {
-      guide_->before_verify(ctx, state);
+      if (!lists.round.reuse) guide_->before_verify(ctx, state);
       const dim3 grid(blocks_of(state.kept.groups(), record_threads));
-      start_kernel(ctx, keep_dense_kernel, grid, record_threads, lists, "decode");
+      start_kernel(ctx, settle_lists_kernel, grid, record_threads, lists, "decode");
     }
   }
 
@@ -148,6 +152,7 @@ class device_verifier {
   std::ptrdiff_t capacity_;  // of a recorded row
   kv_cache<T, cuda> cache_;
   selection<cuda> kept_;
+  buffer<std::int32_t, cuda> selected_;  // counts of kept_ when it was selected
   buffer<float, cuda> weights_, logits_, probabilities_;
 };
 
