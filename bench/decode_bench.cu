@@ -91,14 +91,20 @@ void measure_all(specattn::context<device>& ctx, bench::cell_file& file, double 
       models.emplace(load(next.what.models().target, next.what.models().draft));
       loaded = next.what.pair;
     }
-    const bench::share_rules found = rules.of(ctx, *models, next.what);
-    bench::measure(ctx, *models, next.what, found, missing, time_is_left, [&](bench::cell c) {
-      c.copy_gb_s = copy_gb_s;
-      c.guide_top_p = found.guide.top_p;
-      c.draft_top_p = found.draft.top_p;
-      file.add(c);
-      print(c);
-    });
+    try {
+      const bench::share_rules found = rules.of(ctx, *models, next.what);
+      bench::measure(ctx, *models, next.what, found, missing, time_is_left, [&](bench::cell c) {
+        c.copy_gb_s = copy_gb_s;
+        c.guide_top_p = found.guide.top_p;
+        c.draft_top_p = found.draft.top_p;
+        file.add(c);
+        print(c);
+      });
+    } catch (const specattn::device_error& error) {
+      if (cudaGetLastError() != cudaErrorMemoryAllocation) throw;  // the call takes the error back, too
+      std::fprintf(stderr, "%s %d x %d, %s: left out, %s\n", next.what.models().name, next.what.kv_len,
+                   next.what.batch, bench::name_of(next.what.decoding), error.what());
+    }
   }
 }
 

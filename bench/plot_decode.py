@@ -1,8 +1,8 @@
 """Draws decode_bench's cells: speed against context, and where a round's time goes.
 
-    python3 bench/plot_decode.py bench/results/decode-h200.jsonl bench/results/decode-h200
+    python3 bench/plot_decode.py bench/results/decode-h100.jsonl bench/results/decode-h100
 
-writes decode-h200-speed.svg and decode-h200-phases.svg. Tokens a second at an acceptance of 0.8, each way at its own best
+writes decode-h100-speed.svg and decode-h100-phases.svg. Tokens a second at an acceptance of 0.8, each way at its own best
 draft length; phases at four drafted tokens. 22 % kept.
 """
 
@@ -19,6 +19,7 @@ WAYS = {
     "dense speculation": "#0072b2",
     "sparse draft, dense verify": "#56b4e9",
     "SpecAttn": "#d55e00",
+    "SpecAttn, every 4th round": "#cc79a7",
 }
 PHASES = {
     "draft_ms": ("draft", "#56b4e9"),
@@ -26,6 +27,7 @@ PHASES = {
     "verify_ms": ("verify", "#d55e00"),
     "rest": ("acceptance, host", "#7f7f7f"),
 }
+PHASE_WAYS = ("dense speculation", "SpecAttn", "SpecAttn, every 4th round")
 PANELS = (("Llama-3.1-8B", 8), ("Llama-3.1-8B", 1), ("Llama-2-7B", 1))
 GOALS = (
     ("Llama-2-7B", 2048, 1),
@@ -118,23 +120,24 @@ def draw_speeds(cells):
 def draw_phases(cells):
     rows = []
     for pair, kv_len, batch in GOALS:
-        for way in ("dense speculation", "SpecAttn"):
+        for way in PHASE_WAYS:
             for cell in cells:
                 same = (cell["pair"], cell["kv_len"], cell["batch"], cell["way"]) == (pair, kv_len, batch, way)
                 if same and kept(cell) and cell["draft_length"] == DRAFTS:
                     rows.append((f"{pair}, {kv_len // 1024}K x {batch}", way, cell))
     if not rows:
         return None
-    left, width, step, top = 330, 640, 26, 76
+    ways = len(PHASE_WAYS)
+    left, width, step, top = 380, 640, 26, 76
     most = ticks(max(cell["round_ms"] for _, _, cell in rows))[-1]
-    height = top + step * len(rows) + 12 * (len(rows) // 2) + 40
+    height = top + step * len(rows) + 12 * (len(rows) // ways) + 40
     parts = [text(left + width / 2, 24, "Where a round's time goes, ms: four drafted tokens, 22 % kept")]
     for i, (name, colour) in enumerate(PHASES.values()):
         parts.append(f'<rect x="{left + i * 185}" y="38" width="12" height="12" fill="{colour}"/>')
         parts.append(text(left + i * 185 + 18, 49, name, "start"))
     for i, (name, way, cell) in enumerate(rows):
-        y = top + step * i + 12 * (i // 2)
-        parts.append(text(left - 10, y + 15, f"{name}: {way}" if i % 2 == 0 else way, "end"))
+        y = top + step * i + 12 * (i // ways)
+        parts.append(text(left - 10, y + 15, f"{name}: {way}" if i % ways == 0 else way, "end"))
         x = left
         timed = cell["draft_ms"] + cell["guide_ms"] + cell["verify_ms"]
         for phase, (_, colour) in PHASES.items():
