@@ -16,6 +16,7 @@
 #include "decode_state.hpp"
 #include "drafter.hpp"
 #include "guide.hpp"
+#include "kept_lists.hpp"
 #include "kv_cache.hpp"
 #include "model.hpp"
 #include "select.hpp"
@@ -188,9 +189,7 @@ class decoder {
     batch_ = detail::round_batch(sizes_, shape_.vocab);
     turns_ = detail::recording_turns(sizes_.sequences);
     pass_ = detail::pass_arrays(sizes_.sequences, slots);
-    kept_ = selection<B>(sizes_.target_groups, sizes_.positions);
-    selected_ = buffer<std::int32_t, B>(static_cast<std::size_t>(sizes_.target_groups));
-    selected_lens_ = buffer<std::int32_t, B>(static_cast<std::size_t>(sizes_.sequences));
+    lists_ = detail::kept_lists(sizes_);
     if (needs_.target_weights) weights_ = buffer<float, B>(sizes_.target_weights);
     logits_ = buffer<float, B>(static_cast<std::size_t>(sizes_.judged) * static_cast<std::size_t>(shape_.vocab));
     const auto count = static_cast<std::size_t>(sizes_.sequences);
@@ -275,8 +274,7 @@ class decoder {
     state.accepted = {accepted_.data(), n};
     state.layers = shape_.layers;
     state.kv_heads = shape_.kv_heads;
-    state.kept = kept_.view().slice(0, std::ptrdiff_t{shape_.layers} * batch_.size * shape_.kv_heads);
-    for (std::ptrdiff_t g = 0; g < state.kept.groups(); ++g) state.kept.counts[g] = 0;
+    state.kept = lists_.begin(std::ptrdiff_t{shape_.layers} * batch_.size * shape_.kv_heads);
     if (drafter_) {
       state.draft_weights = drafter_->weights(batch_.size);
       state.draft_masses = drafter_->masses(batch_.size);
@@ -296,20 +294,14 @@ class decoder {
   /// The guide's selection, or the last one and the positions since; everything where that is asked for.
   void choose_rows(round_state<T, B>& state) {
     const bool reuse = reuse_ && needs_.draft_weights;
-    const std::ptrdiff_t a_layer = std::ptrdiff_t{batch_.size} * shape_.kv_heads;
-    for (std::ptrdiff_t g = 0; reuse && g < state.kept.groups(); ++g) {
-      const std::ptrdiff_t s = g % a_layer / shape_.kv_heads;
-      detail::grow_list(state.kept, g, selected_.data()[g], selected_lens_.data()[s], pass_.kv_lens.data()[s]);
-    }
+    if (reuse) lists_.grow(state);
     if (!reuse) guide_->before_verify(*ctx_, state);
     for (std::int32_t layer = 0; layer < shape_.layers; ++layer) {
       for (std::int32_t s = 0; s < batch_.size; ++s) {
         if (layer < options_.dense_layers || dense_.data()[s] != 0) state.keep_everything(layer, s);
       }
     }
-    if (reuse) return;
-    for (std::ptrdiff_t g = 0; g < state.kept.groups(); ++g) selected_.data()[g] = state.kept.counts[g];
-    std::copy_n(pass_.kv_lens.data(), batch_.size, selected_lens_.data());
+    if (!reuse) lists_.note(state);
   }
 
   void run_target(round_state<T, B>& state) {
@@ -419,9 +411,7 @@ class decoder {
   bool sparse_ = true;  // this round's pace
   bool reuse_ = false;  // this round reads what one before has selected
   detail::pass_arrays pass_;
-  selection<B> kept_;
-  buffer<std::int32_t, B> selected_;       // counts of kept_ when it was selected
-  buffer<std::int32_t, B> selected_lens_;  // [sequences] positions it was selected from
+  detail::kept_lists lists_;
   buffer<float, B> weights_, logits_;
   buffer<std::int32_t, B> replayed_, accepted_, next_;  // [sequences] in batch order
   buffer<std::uint8_t, B> dense_;
