@@ -65,6 +65,28 @@ TEST_CASE("attend on the device: long ragged batches, dense, listed and mixed, a
   }
 }
 
+TEST_CASE("attend on the device: any number of heads to share the device among, equal lists and unequal ones") {
+  attend_fixture fixture;
+  for (const std::int32_t kv_heads : {1, 2, 3, 5, 8, 11, 33, 67, 133}) {
+    for (const std::int32_t kv_len : {3000, 100}) {
+      CAPTURE(kv_heads);
+      CAPTURE(kv_len);
+      pass_shape shape;
+      shape.kv_lens = {kv_len};
+      shape.slots = {kv_heads == 3 ? 9 : 6};
+      shape.kv_heads = kv_heads;
+      shape.group = 4;
+      auto p = random_problem<bf16>(shape);
+      p.record = true;
+      agrees_with_cpu(fixture, p);
+      keep_random(p, 0.3);
+      agrees_with_cpu(fixture, p);
+      for (std::size_t head = 0; head < p.kept[0].size(); head += 2) p.kept[0][head].resize(head % 7);
+      agrees_with_cpu(fixture, p);
+    }
+  }
+}
+
 TEST_CASE("attend on the device: a batch of many short sequences and a long prefill agree with the CPU") {
   attend_fixture fixture;
   pass_shape shape;

@@ -1,8 +1,10 @@
-// attend() on the device: one launch over equal shares of all positions, and a small one that merges what shares cut.
+// attend() on the device: one launch over shares of all positions, a small one that merges what shares cut and, for a
+// recording, one that makes scores weights.
 //
-// Work is divided as in stream-K products: the virtual lists of all blocks of query rows, end to end, are cut into as
-// many equal shares as the grid has CTAs, wherever blocks end, so that ragged counts balance themselves. The split
-// into parts and their merge are flash-decoding's; the state is attention_state's.
+// Where blocks of query rows are alike, each has the same number of CTAs to itself. Elsewhere work is divided as in
+// stream-K products: the virtual lists of all blocks, end to end, are cut into as many equal shares as the grid has CTAs,
+// wherever blocks end, so that ragged counts balance themselves. The split into parts and their merge are
+// flash-decoding's; the state is attention_state's.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -17,6 +19,7 @@
 #include "attend_merge.cuh"
 #include "attend_plain_tile.cuh"
 #include "attend_plan.cuh"
+#include "attend_record.cuh"
 #include "attend_tensor_tile.cuh"
 #include "context.cuh"
 
@@ -34,26 +37,20 @@ __global__ void __launch_bounds__(Tile::threads, 1) attend_kernel(const __grid_c
   attend_cut at = plan.range.begin;
   device_block block = plan.first;
   Tile tile(launch, tile_memory, facts);
-  std::int32_t open_parts = 0;
+  attend_open& open = launch.exchange.open[blockIdx.x];
+  if (threadIdx.x == 0) open.parts = {};
   while (at.group < end.group || (at.group == end.group && at.block <= end.block)) {
     const bool last = at.group == end.group && at.block == end.block;
     if (last && end.position == 0) break;
     facts.fill(launch, block);
+    const attend_parts parts = parts_of(block, plan.range, at, last);
+    if (threadIdx.x == 0 && parts.count > 1 && parts.mine == 0) open = {block, parts};
     tile.run(block, at.position, last ? end.position : block.attended);
     tile.leave();
     __syncthreads();
-    const bool whole = at.position == 0 && !last;
-    const std::ptrdiff_t part = 2 * std::ptrdiff_t{blockIdx.x} + (at.position == 0 ? 1 : 0);
-    finish_part(launch, tile, block, whole ? -1 : part, facts);
+    finish_part(launch, tile, block, parts.count == 1 ? -1 : parts.place(parts.mine), facts);
+    if (last || plan.range.parts.count > 0) break;
     __syncthreads();
-    if (whole && launch.records()) {
-      finish_recording<Tile::threads>(launch, block, facts);
-      __syncthreads();
-    }
-    if (last) {
-      if (at.position == 0) open_parts = static_cast<std::int32_t>(2 + (end.left - 1) / plan.range.share);
-      break;
-    }
     at.position = 0;
     ++at.block;
     block = launch.group_at(at.group);
@@ -63,16 +60,15 @@ __global__ void __launch_bounds__(Tile::threads, 1) attend_kernel(const __grid_c
     }
     block = launch.block_of(block, at.block);
   }
-  if (threadIdx.x != 0) return;
-  block.parts = open_parts;
-  launch.exchange.open[blockIdx.x] = block;
 }
 
 template <>
 struct attend_impl<cuda> {
   static std::size_t workspace_bytes(const context<cuda>& ctx, const attend_shape& shape) {
     attend_exchange exchange;
-    return exchange.lay_out(nullptr, shares(ctx), (std::max)(shape.head_dim, 0));
+    const auto positive = [](std::int32_t n) { return static_cast<std::size_t>((std::max)(n, 0)); };
+    return exchange.lay_out(nullptr, shares(ctx), positive(shape.slots) * positive(shape.q_heads),
+                            (std::max)(shape.head_dim, 0));
   }
 
   template <storage T>
@@ -127,17 +123,33 @@ struct attend_impl<cuda> {
                       sizeof(attend_row_facts);
     while (launch.stages > 2 && shared() > most) --launch.stages;
     if (shared() > most) return false;
-    const attend_shape shape{.head_dim = args.kv.head_dim};
+    const attend_shape shape{.slots = static_cast<std::int32_t>(args.q.extent(0)),
+                             .q_heads = static_cast<std::int32_t>(args.q.extent(1)),
+                             .head_dim = args.kv.head_dim};
     std::byte* workspace = ctx.workspace(workspace_bytes(ctx, shape), "attend");
-    launch.exchange.lay_out(workspace, shares(ctx), args.kv.head_dim);
+    launch.exchange.lay_out(workspace, shares(ctx), static_cast<std::size_t>(args.q.extent(0) * args.q.extent(1)),
+                            args.kv.head_dim);
     const dim3 grid(static_cast<unsigned>(shares(ctx)));
     check_cuda(cudaFuncSetAttribute(attend_kernel<T, Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared())),
                "attend");
     launch_kernel(ctx, attend_kernel<T, Tile>, grid, Tile::threads, shared(), launch);
-    const unsigned helpers = args.recording.weights.empty() ? 8 : 16;  // a warp a row; more for the sweep
-    launch_kernel(ctx, attend_merge_kernel<T>, dim3(grid.x, helpers), attend_merge_threads, 0, launch);
+    launch_kernel(ctx, attend_merge_kernel<T>, dim3(grid.x, 8), attend_merge_threads, 0, launch);  // a warp a row
+    if (!args.recording.weights.empty()) finish_recording(ctx, args, launch.exchange);
     return true;
+  }
+
+  template <storage T>
+  static void finish_recording(const context<cuda>& ctx, const attend_args<T, cuda>& args,
+                               const attend_exchange& exchange) {
+    const auto& weights = args.recording.weights;
+    const bool newest = args.recording.slots == record_slots::newest;
+    const attend_recording_launch launch{weights, args.slot_offsets, exchange.finished, newest};
+    const std::ptrdiff_t rows = (newest ? args.kv_lens.extent(0) : args.q.extent(0)) * args.q.extent(1);
+    const std::ptrdiff_t chunks = (weights.extent(2) + attend_recording_chunk - 1) / attend_recording_chunk;
+    const std::ptrdiff_t enough = 16 * std::ptrdiff_t{ctx.multiprocessors()} / rows + 1;
+    const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>((std::min)(chunks, enough)));
+    launch_kernel(ctx, attend_recording_kernel<>, grid, attend_recording_threads, 0, launch);
   }
 
   /// A kernel's CTAs may be placed while the one before it on the stream still runs; each waits for it before it

@@ -21,8 +21,12 @@ class attend_gather {
  public:
   attend_gather() = default;
   __device__ attend_gather(const attend_args<T, cuda>& args, const device_block& b)
-      : kv_(&args.kv), head_(b.kv_head), kept_(b.kept), end_(b.attended), tail_(b.kv_len - b.kept) {
-    cache_row_ = args.cache_rows.empty() ? b.sequence : args.cache_rows[b.sequence];
+      : kv_(&args.kv),
+        cache_row_(b.cache_row),
+        head_(b.kv_head),
+        kept_(b.kept),
+        end_(b.attended),
+        tail_(b.kv_len - b.kept) {
     if (kept_ < b.kv_len && kept_ > 0) {
       list_ = &args.kept.positions(b.sequence * args.kept_sequence_stride + b.kv_head, 0);
       list_stride_ = args.kept.positions.stride(1);
@@ -81,33 +85,5 @@ struct attend_row_facts {
     if (row == 0) recorded = all;
   }
 };
-
-/// Makes recorded scores [from, to) of a row its weights; a CTA of `Threads` calls.
-template <int Threads>
-__device__ __forceinline__ void finish_weights(float* weights, std::ptrdiff_t stride, std::int32_t from,
-                                               std::int32_t to, attention_state state) {
-  constexpr int batch = 16;  // loads under way before the first is used
-  const float scale = finish_scale(state);
-  for (std::int32_t first = from + static_cast<std::int32_t>(threadIdx.x); first < to; first += batch * Threads) {
-    float scores[batch];
-#pragma unroll
-    for (int i = 0; i < batch; ++i)
-      if (first + i * Threads < to) scores[i] = weights[(first + i * Threads) * stride];
-#pragma unroll
-    for (int i = 0; i < batch; ++i)
-      if (first + i * Threads < to) weights[(first + i * Threads) * stride] = std::exp(scores[i] - state.max) * scale;
-  }
-}
-
-/// The same for all recorded rows of a block that this CTA did whole.
-template <int Threads, storage T>
-__device__ void finish_recording(const attend_launch<T>& launch, const device_block& b,
-                                 const attend_row_facts& facts) {
-  for (int row = 0; row < b.rows; ++row) {
-    if (facts.records[row].limit > 0)
-      finish_weights<Threads>(facts.records[row].to, launch.args.recording.weights.stride(2), 0,
-                              facts.records[row].limit, facts.states[row]);
-  }
-}
 
 }  // namespace specattn::inline v0_1::detail

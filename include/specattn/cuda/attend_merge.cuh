@@ -14,6 +14,7 @@
 namespace specattn::inline v0_1::detail {
 
 inline constexpr int attend_merge_threads = 128;
+inline constexpr int attend_merge_batch = 24;  ///< parts whose sums are on their way at once
 
 /// The state of `Lanes` adjacent lanes' states together, in each of them.
 template <int Lanes>
@@ -37,14 +38,20 @@ __device__ __forceinline__ void write_elements(const attend_launch<T>& launch, c
 #pragma unroll
   for (int k = 0; k < Width; ++k)
     if (d + k < launch.args.kv.head_dim) out[k * launch.args.out.stride(2)] = sums[k] * scale;
-  if (d == 0 && !launch.args.lse.empty()) launch.args.lse(slot, head) = log_sum_exp(state);
+  if (d != 0) return;
+  if (!launch.args.lse.empty()) launch.args.lse(slot, head) = log_sum_exp(state);
+  if (launch.records() && launch.recorded(b, row)) {
+    const std::int32_t entries = launch.recorded_length(b.kept + launch.slot_of(b, row) + 1);
+    launch.exchange.finished[slot * launch.args.q.extent(1) + head] = {state.max, finish_scale(state), entries};
+  }
 }
 
-/// Merges the warps' sums of a part, which is the whole block (`part` negative) or goes to the exchange. All threads
-/// call; what the warps left is in place.
+/// Merges the warps' sums of a part, which is the whole block (`place` negative) or goes to that place of the exchange.
+/// All threads call; what the warps left is in place.
 template <storage T, class Tile>
 __device__ void finish_part(const attend_launch<T>& launch, const Tile& tile, const device_block& b,
-                            std::ptrdiff_t part, attend_row_facts& facts) {
+                            std::int32_t place, attend_row_facts& facts) {
+  const std::ptrdiff_t first_row = std::ptrdiff_t{place} * attend_rows;
   static_assert(32 % Tile::warps == 0 && Tile::warps <= 8, "a row's warps are merged by as many adjacent lanes");
   const int thread = static_cast<int>(threadIdx.x);
   for (int row = thread / Tile::warps; row < Tile::rows; row += Tile::threads / Tile::warps) {
@@ -53,7 +60,7 @@ __device__ void finish_part(const attend_launch<T>& launch, const Tile& tile, co
     facts.scales[row][thread % Tile::warps] = scale_to(mine, state.max);
     if (thread % Tile::warps == 0) {
       facts.states[row] = state;
-      if (part >= 0) launch.exchange.states[part * attend_rows + row] = state;
+      if (place >= 0) launch.exchange.states[first_row + row] = state;
     }
   }
   __syncthreads();
@@ -68,96 +75,71 @@ __device__ void finish_part(const attend_launch<T>& launch, const Tile& tile, co
 #pragma unroll
       for (int k = 0; k < Tile::width; ++k) sums[k] = std::fma(facts.scales[row][w], from[k], sums[k]);
     }
-    if (part < 0) {
+    if (place < 0) {
       write_elements(launch, b, row, facts.states[row], d, sums);
-    } else if (d < launch.args.kv.head_dim) {
-      float* to = launch.exchange.sums + (part * attend_rows + row) * launch.exchange.pitch + d;
-#pragma unroll
-      for (int k = 0; k < Tile::width; ++k) to[k] = sums[k];
+    } else if (d < launch.exchange.pitch) {
+      float* to = launch.exchange.sums + (first_row + row) * launch.exchange.pitch + d;
+      if constexpr (Tile::width == 4) *reinterpret_cast<float4*>(to) = {sums[0], sums[1], sums[2], sums[3]};
+      if constexpr (Tile::width == 1) *to = sums[0];
     }
   }
 }
 
-/// Part p of the block that share blockIdx.x leaves open, in the exchange.
-__device__ __forceinline__ std::ptrdiff_t part_at(int p) {
-  return 2 * (std::ptrdiff_t{blockIdx.x} + p) + (p == 0 ? 1 : 0);
-}
-
-/// A row's state over all parts, in every lane of the warp that calls.
+/// Merges one row of an open block, four elements a lane, in the order of the parts; a warp calls. The sums are on their
+/// way while the states are merged.
 template <storage T>
-__device__ __forceinline__ attention_state merged_row(const attend_launch<T>& launch, int parts, int row) {
-  attention_state state;
-  for (int p = static_cast<int>(threadIdx.x) % 32; p < parts; p += 32)
-    state = merge(state, launch.exchange.states[part_at(p) * attend_rows + row]).state;
-  return merge_lanes<32>(state);
-}
-
-/// Merges one row's sums, four elements a lane, in the order of the parts, and writes it; a warp calls. The sums are
-/// on their way while the states are merged.
-template <storage T>
-__device__ __forceinline__ void merge_row(const attend_launch<T>& launch, const device_block& open, int row) {
-  constexpr int batch = 16;
-  const int lane = static_cast<int>(threadIdx.x) % 32, pitch = launch.exchange.pitch;
-  attention_state state;
+__device__ __forceinline__ void merge_row(const attend_launch<T>& launch, const attend_open& open, int row) {
+  constexpr int batch = attend_merge_batch;
+  const int lane = static_cast<int>(threadIdx.x) % 32, quads = launch.exchange.pitch / 4;
+  const std::int32_t count = open.parts.count;
+  const auto row_of = [&](std::int32_t part) { return open.parts.place(part) * attend_rows + row; };
+  const auto state_of = [&](std::int32_t part) {  // of lane's part in a batch
+    return lane < batch && part < count ? launch.exchange.states[row_of(part)] : attention_state{};
+  };
+  const attention_state mine = state_of(lane);
+  attention_state all = mine;
 #pragma unroll 1
-  for (int d = 4 * lane; d - 4 * lane < pitch; d += 128) {
-    float sums[4] = {};
+  for (std::int32_t part = batch + lane; part - lane < count; part += batch) all = merge(all, state_of(part)).state;
 #pragma unroll 1
-    for (int first = 0; first < open.parts; first += batch) {
-      float4 parts[batch];
+  for (int d = lane; d - lane < quads; d += 32) {
+    float sum[4] = {};
+#pragma unroll 1
+    for (std::int32_t first = 0; first < count; first += batch) {
+      float4 of[batch];
+      const float4* from = reinterpret_cast<const float4*>(launch.exchange.sums) + row_of(first) * quads + d;
 #pragma unroll
-      for (int p = 0; p < batch; ++p) {
-        parts[p] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (first + p < open.parts && d < pitch)
-          parts[p] = *reinterpret_cast<const float4*>(launch.exchange.sums +
-                                                      (part_at(first + p) * attend_rows + row) * pitch + d);
+      for (int i = 0; i < batch; ++i) {
+        of[i] = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (first + i < count && d < quads) of[i] = *from;
+        from += (first + i == 0 ? 1 : 2) * attend_rows * quads;
       }
-      if (first == 0 && d == 4 * lane) state = merged_row(launch, open.parts, row);
-      float mine = 0.0f;
-      if (lane < batch && first + lane < open.parts)
-        mine = scale_to(launch.exchange.states[part_at(first + lane) * attend_rows + row], state.max);
+      if (first == 0 && d == lane) all = merge_lanes<32>(all);
+      const float scale = scale_to(first == 0 ? mine : state_of(first + lane), all.max);
 #pragma unroll
-      for (int p = 0; p < batch; ++p) {
-        const float scale = __shfl_sync(~0u, mine, p);
-        sums[0] = std::fma(scale, parts[p].x, sums[0]);
-        sums[1] = std::fma(scale, parts[p].y, sums[1]);
-        sums[2] = std::fma(scale, parts[p].z, sums[2]);
-        sums[3] = std::fma(scale, parts[p].w, sums[3]);
+      for (int i = 0; i < batch; ++i) {
+        const float by = __shfl_sync(~0u, scale, i);
+        sum[0] = std::fma(by, of[i].x, sum[0]);
+        sum[1] = std::fma(by, of[i].y, sum[1]);
+        sum[2] = std::fma(by, of[i].z, sum[2]);
+        sum[3] = std::fma(by, of[i].w, sum[3]);
       }
     }
-    if (d < pitch) write_elements(launch, open, row, state, d, sums);
+    if (d < quads) write_elements(launch, open.block, row, all, 4 * d, sum);
   }
 }
 
-/// One CTA of (shares, helpers): the helpers of a share take turns at its open block's rows, and share the recorded
-/// rows' sweeps by position.
+/// One CTA of (shares, helpers): the helpers of a share take turns at its open block's rows.
 template <storage T>
 __global__ void __launch_bounds__(attend_merge_threads)
     attend_merge_kernel(const __grid_constant__ attend_launch<T> launch) {
-  __shared__ attention_state states[attend_rows];
   wait_for_previous_kernel();
   launch_dependents();
-  const device_block open = launch.exchange.open[blockIdx.x];
-  if (open.parts == 0) return;
+  const attend_open open = launch.exchange.open[blockIdx.x];
+  if (open.parts.count == 0) return;
   constexpr int warps = attend_merge_threads / 32;
-  const int warp = static_cast<int>(threadIdx.x) / 32;
-  for (int row = static_cast<int>(blockIdx.y) * warps + warp; row < open.rows;
+  for (int row = static_cast<int>(blockIdx.y) * warps + static_cast<int>(threadIdx.x) / 32; row < open.block.rows;
        row += static_cast<int>(gridDim.y) * warps)
     merge_row(launch, open, row);
-  if (!launch.records()) return;
-  for (int row = warp; row < open.rows; row += warps) {
-    if (launch.recorded(open, row)) states[row] = merged_row(launch, open.parts, row);
-  }
-  __syncthreads();
-  const auto helpers = static_cast<std::int32_t>(gridDim.y);
-  const std::int32_t positions = (open.attended + helpers - 1) / helpers;
-  const std::int32_t from = static_cast<std::int32_t>(blockIdx.y) * positions;
-  for (int row = 0; row < open.rows; ++row) {
-    if (!launch.recorded(open, row)) continue;
-    const std::int32_t limit = launch.recorded_length(open.kept + launch.slot_of(open, row) + 1);
-    finish_weights<attend_merge_threads>(launch.recording_of(open, row), launch.args.recording.weights.stride(2),
-                                         from, from + positions < limit ? from + positions : limit, states[row]);
-  }
 }
 
 }  // namespace specattn::inline v0_1::detail

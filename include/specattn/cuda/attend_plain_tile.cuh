@@ -58,7 +58,7 @@ class plain_tile {
   }
   __device__ void leave() {}  // sums and states are where they belong
 
-  static constexpr int width = 1;  ///< sums that are merged at once
+  static constexpr int width = 1;  ///< adjacent sums that are merged together
   __device__ int padded_dim() const { return head_dim_; }
   __device__ const float* sums_of(int of_warp, int row) const {
     return region_ + (of_warp - warp()) * region_floats(head_dim_) + row * head_dim_;

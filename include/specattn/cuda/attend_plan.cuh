@@ -7,7 +7,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <cub/block/block_scan.cuh>
 
 #include "../attend.hpp"
 #include "../attention_state.hpp"
@@ -32,9 +31,9 @@ struct alignas(16) device_block {
   std::int32_t first_slot = 0;  ///< of the sequence
   std::int32_t first_head = 0;  ///< of the group
   std::int32_t rows = 0;
-  std::int32_t attended = 0;  ///< virtual positions of the last row
-  std::int32_t parts = 1;     ///< shares that work on it
-  std::int32_t masked = 0;    ///< whether slots read different entries of the list
+  std::int32_t attended = 0;   ///< virtual positions of the last row
+  std::int32_t cache_row = 0;  ///< of the block table
+  std::int32_t masked = 0;     ///< whether slots read different entries of the list
 };
 
 /// Blocks hold whole slots, or a slot that has more rows than a block is several.
@@ -73,15 +72,39 @@ struct row_division {
   }
 };
 
-/// What CTAs leave for the merge: two parts a share at most, one of a block that came from the share before and one
-/// of a block that goes on in the next.
-struct attend_exchange {
-  float* sums = nullptr;              ///< [2 * shares, attend_rows, pitch]
-  attention_state* states = nullptr;  ///< [2 * shares, attend_rows]
-  device_block* open = nullptr;       ///< [shares] the block that goes on; of no parts where there is none
-  std::int32_t pitch = 0;             ///< head_dim in whole 16 bytes
+/// The shares that work on a block, adjacent ones: the one that begins it and `count - 1` behind it.
+struct attend_parts {
+  std::int32_t first = 0;
+  std::int32_t count = 0;
+  std::int32_t mine = 0;
 
-  std::size_t lay_out(std::byte* base, std::size_t shares, std::int32_t head_dim) {
+  /// Where part p lies in the exchange.
+  __device__ std::int32_t place(std::int32_t p) const { return 2 * (first + p) + (p == 0 ? 1 : 0); }
+};
+
+/// A block that several shares work on, as the first of them leaves it for the merge; of no parts: there is none.
+struct attend_open {
+  device_block block;
+  attend_parts parts;
+};
+
+/// A row's end: what makes its recorded scores its weights.
+struct alignas(16) attend_finished {
+  float max = 0.0f;
+  float scale = 0.0f;        ///< 1 / the sum
+  std::int32_t entries = 0;  ///< recorded
+};
+
+/// What CTAs leave for each other: two parts a share at most, one of a block that came from the share before and one
+/// of a block that goes on in the next; and for the sweep that ends recordings.
+struct attend_exchange {
+  float* sums = nullptr;                ///< [2 * shares, attend_rows, pitch]
+  attention_state* states = nullptr;    ///< [2 * shares, attend_rows]
+  attend_finished* finished = nullptr;  ///< [slots, q_heads]
+  attend_open* open = nullptr;          ///< [shares] the block that a share begins and others go on with
+  std::int32_t pitch = 0;               ///< head_dim in whole 16 bytes
+
+  std::size_t lay_out(std::byte* base, std::size_t shares, std::size_t rows, std::int32_t head_dim) {
     pitch = (head_dim + 3) / 4 * 4;
     std::size_t bytes = 0;
     const auto take = [&](auto*& array, std::size_t count) {
@@ -92,6 +115,7 @@ struct attend_exchange {
     take(sums, 2 * shares * attend_rows * static_cast<std::size_t>(pitch));
     take(states, 2 * shares * attend_rows);
     take(open, shares);
+    take(finished, rows);
     return bytes;
   }
 };
@@ -135,11 +159,13 @@ struct attend_launch {
   /// What the blocks of a group (sequence, kv head) share. Counts outside a list's row are cut to it.
   __device__ device_block group_at(std::int32_t g) const {
     device_block b;
-    b.sequence = g / args.kv.kv_heads;
-    b.kv_head = g % args.kv.kv_heads;
+    b.sequence =
+        static_cast<std::int32_t>(static_cast<std::uint32_t>(g) / static_cast<std::uint32_t>(args.kv.kv_heads));
+    b.kv_head = g - b.sequence * args.kv.kv_heads;
     b.sequence_slot = args.slot_offsets[b.sequence];
     b.slots = args.slot_offsets[b.sequence + 1] - b.sequence_slot;
     b.kv_len = b.kept = args.kv_lens[b.sequence];
+    b.cache_row = args.cache_rows.empty() ? b.sequence : args.cache_rows[b.sequence];
     if (args.kept.counts.empty()) return b;
     const std::int32_t count = args.kept.counts[b.sequence * args.kept_sequence_stride + b.kv_head];
     if (count == keep_all) return b;
@@ -174,19 +200,46 @@ struct attend_cut {
   std::int32_t group = 0;
   std::int32_t block = 0;
   std::int32_t position = 0;
-  std::int64_t left = 0;  ///< cost of the block behind the cut
+  std::uint32_t left = 0;  ///< cost of the block behind the cut
 };
+/// What a CTA works on. `parts` is of its only block, where shares do not cross from one block to the next.
 struct attend_range {
   attend_cut begin, end;
-  std::int64_t share = 0;
+  std::uint32_t share = 0;  ///< cost; the largest number where it is more than any block can cost
+  attend_parts parts;
+};
+
+/// The parts of a block of which this CTA's range has positions from `at` on, to the range's end where it is `open`.
+__device__ __forceinline__ attend_parts parts_of(const device_block& b, const attend_range& range,
+                                                 const attend_cut& at, bool open) {
+  if (range.parts.count > 0) return range.parts;
+  attend_parts parts;
+  const auto here = static_cast<std::int32_t>(blockIdx.x);
+  if (at.position >
+      0) {  // positions come in tiles, so that a share which begins this far in a block found some before
+    constexpr std::uint32_t first_tile = attend_block_cost + attend_tile;
+    const std::uint32_t passed = static_cast<std::uint32_t>(b.attended) + attend_block_cost - at.left;
+    parts.mine = static_cast<std::int32_t>(1 + (passed - first_tile) / range.share);
+  }
+  parts.first = here - parts.mine;
+  parts.count = parts.mine + 1;
+  if (open) parts.count += static_cast<std::int32_t>(1 + (range.end.left - 1) / range.share);
+  return parts;
+}
+
+/// Of all blocks, or of those of some groups.
+struct attend_totals {
+  std::int64_t cost = 0;
+  std::uint32_t blocks = 0;
+  std::uint32_t longest = 0;  ///< virtual positions of a block
+  std::uint32_t most = 0;     ///< blocks of a group
 };
 
 template <int Threads>
 struct attend_plan_memory {
-  using scan = cub::BlockScan<std::int64_t, Threads, cub::BLOCK_SCAN_WARP_SCANS>;
   attend_range range;
   device_block first;  ///< the block that the range begins in
-  typename scan::TempStorage scan_memory;
+  attend_totals warps[Threads / 32];
 };
 
 /// Where in group g, whose blocks' common part is b, the cost `x` falls.
@@ -203,7 +256,7 @@ __device__ __forceinline__ attend_cut cut_in_group(const attend_launch<T>& launc
   attend_cut cut;
   cut.group = g;
   for (cut.block = step * launch.rows.blocks_a_slot; x >= cost; x -= cost) ++cut.block;
-  cut.left = cost - x;
+  cut.left = static_cast<std::uint32_t>(cost - x);
   const auto position = static_cast<std::int32_t>(x) - attend_block_cost;
   cut.position = position < 0 ? 0 : position / attend_tile * attend_tile;
   return cut;
@@ -215,43 +268,116 @@ __device__ __forceinline__ std::int64_t even_share(std::int64_t total, std::uint
   return (total + shares - 1) / shares;
 }
 
-/// Finds the share of this CTA; all of its threads call.
-template <int Threads, storage T>
-__device__ void find_range(const attend_launch<T>& launch, attend_plan_memory<Threads>& memory) {
-  using scan = typename attend_plan_memory<Threads>::scan;
-  const std::int32_t groups = launch.groups();
-  const auto thread = static_cast<std::int32_t>(threadIdx.x);
-  device_block group;
-  std::int64_t mine = 0, total = 0, before = 0;
-  for (std::int32_t g = thread; g < groups; g += Threads) {
-    group = launch.group_at(g);
-    mine += launch.group_cost(group);
+/// Totals of the whole CTA from its threads', and the cost of the threads before this one.
+template <int Threads>
+__device__ __forceinline__ attend_totals add_up(const attend_totals& mine, attend_totals (&warps)[Threads / 32],
+                                                std::int64_t& before) {
+  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  attend_totals sum = mine;
+#pragma unroll
+  for (int distance = 1; distance < 32; distance *= 2) {
+    const std::int64_t below = __shfl_up_sync(~0u, sum.cost, distance);
+    if (lane >= distance) sum.cost += below;
   }
-  scan(memory.scan_memory).ExclusiveSum(mine, before, total);
+  before = sum.cost - mine.cost;
+  sum.blocks = __reduce_add_sync(~0u, mine.blocks);
+  sum.longest = __reduce_max_sync(~0u, mine.longest);
+  sum.most = __reduce_max_sync(~0u, mine.most);
+  if (lane == 31) warps[warp] = sum;
+  __syncthreads();
+  sum = attend_totals{};
+#pragma unroll
+  for (int w = 0; w < Threads / 32; ++w) {
+    const attend_totals& of = warps[w];
+    if (w < warp) before += of.cost;
+    sum.cost += of.cost;
+    sum.blocks += of.blocks;
+    sum.longest = sum.longest > of.longest ? sum.longest : of.longest;
+    sum.most = sum.most > of.most ? sum.most : of.most;
+  }
+  return sum;
+}
+
+/// Equal shares of all blocks' costs, wherever they end.
+template <storage T>
+__device__ void cut_anywhere(const attend_launch<T>& launch, std::int32_t begin, std::int32_t end, device_block group,
+                             std::int64_t before, std::int64_t total, attend_range& range, device_block& block) {
   const std::int64_t even = even_share(total, gridDim.x);
   const std::int64_t share = even < attend_least_share ? attend_least_share : even;
   const std::int64_t first = share * blockIdx.x, last = first + share;
-  if (thread == 0) {
-    memory.range.share = share;
-    if (first >= total) memory.range.begin = {groups, 0, 0, 0};
-    if (last >= total) memory.range.end = {groups, 0, 0, 0};
+  if (threadIdx.x == 0) {
+    range.parts = {};
+    range.share = share < UINT32_MAX ? static_cast<std::uint32_t>(share) : UINT32_MAX;
+    if (first >= total) range.begin = {launch.groups(), 0, 0, 0};
+    if (last >= total) range.end = {launch.groups(), 0, 0, 0};
   }
-  std::int64_t passed = 0;
-  for (std::int32_t at = 0; at < groups; at += Threads) {
-    const std::int32_t g = at + thread;
-    if (groups > Threads) {
-      __syncthreads();
-      if (g < groups) group = launch.group_at(g);
-      mine = g < groups ? launch.group_cost(group) : 0;
-      scan(memory.scan_memory).ExclusiveSum(mine, before, total);
+  for (std::int32_t g = begin; g < end && before <= last; ++g) {
+    if (end - begin > 1) group = launch.group_at(g);
+    const std::int64_t behind = before + launch.group_cost(group);
+    if (before <= first && first < behind) {
+      range.begin = cut_in_group(launch, g, group, first - before);
+      block = launch.block_of(group, range.begin.block);
     }
-    before += passed;
-    if (before <= first && first < before + mine) {
-      memory.range.begin = cut_in_group(launch, g, group, first - before);
-      memory.first = launch.block_of(group, memory.range.begin.block);
-    }
-    if (before <= last && last < before + mine) memory.range.end = cut_in_group(launch, g, group, last - before);
-    passed += total;
+    if (before <= last && last < behind) range.end = cut_in_group(launch, g, group, last - before);
+    before = behind;
+  }
+}
+
+/// `parts` CTAs for each block, or fewer where it is short. Every group has `blocks` blocks.
+template <storage T>
+__device__ void cut_each_block(const attend_launch<T>& launch, std::int32_t begin, std::int32_t end,
+                               const device_block& group, std::uint32_t parts, std::uint32_t blocks,
+                               attend_range& range, device_block& block) {
+  const std::uint32_t index = blockIdx.x / parts, mine = blockIdx.x - index * parts;
+  const auto g = static_cast<std::int32_t>(index / blocks), b = static_cast<std::int32_t>(index % blocks);
+  if (threadIdx.x == 0 && g >= launch.groups()) range.begin.group = 1, range.end.group = 0, range.parts = {};
+  if (g < begin || g >= end) return;
+  block = launch.block_of(end - begin > 1 ? launch.group_at(g) : group, b);
+  const std::uint32_t tiles = (static_cast<std::uint32_t>(block.attended) + attend_tile - 1) / attend_tile;
+  const std::uint32_t even = (tiles + parts - 1) / parts, least = attend_least_share / attend_tile;
+  const std::uint32_t each = even < least ? least : even;
+  const std::uint32_t count = (tiles + each - 1) / each;
+  const auto position = static_cast<std::int32_t>(mine * each * attend_tile);
+  range.begin = {g, b, position, 0};
+  range.end = {g, b, position + static_cast<std::int32_t>(each) * attend_tile, 0};
+  range.parts = {static_cast<std::int32_t>(index * parts), static_cast<std::int32_t>(count),
+                 static_cast<std::int32_t>(mine)};
+  if (mine + 1 == count) range.end = {g, b + 1, 0, 0};
+  if (mine >= count) range.begin.group = g + 1;  // nothing to do
+}
+
+/// Finds the share of this CTA; all of its threads call. A thread has as many adjacent groups as are needed. Where
+/// blocks are equal enough and few enough, each has CTAs of its own, so that none begins a second one; else shares cross
+/// from one block to the next.
+template <int Threads, storage T>
+__device__ void find_range(const attend_launch<T>& launch, attend_plan_memory<Threads>& memory) {
+  const std::int32_t groups = launch.groups(), each = (groups + Threads - 1) / Threads;
+  const std::int32_t begin = static_cast<std::int32_t>(threadIdx.x) * each;
+  const std::int32_t end = begin + each < groups ? begin + each : groups;
+  device_block group;
+  attend_totals mine;
+  for (std::int32_t g = begin; g < end; ++g) {
+    group = launch.group_at(g);
+    const auto blocks = static_cast<std::uint32_t>(launch.rows.blocks(group.slots));
+    const auto longest = static_cast<std::uint32_t>(group.kept + group.slots);
+    mine.cost += launch.group_cost(group);
+    mine.blocks += blocks;
+    mine.longest = mine.longest > longest ? mine.longest : longest;
+    mine.most = mine.most > blocks ? mine.most : blocks;
+  }
+  std::int64_t before = 0;
+  const attend_totals all = add_up<Threads>(mine, memory.warps, before);
+  bool aligned =
+      all.blocks > 0 && all.blocks <= gridDim.x && all.most * static_cast<std::uint32_t>(groups) == all.blocks;
+  const std::uint32_t parts = aligned ? gridDim.x / all.blocks : 1;
+  if (aligned) {  // a share may be a little longer than an even one: fewer CTAs read as fast
+    const std::int64_t longest = (all.longest + parts - 1) / parts;
+    aligned = longest * gridDim.x <= all.cost + all.cost / 16;
+  }
+  if (aligned) {
+    cut_each_block(launch, begin, end, group, parts, all.most, memory.range, memory.first);
+  } else {
+    cut_anywhere(launch, begin, end, group, before, all.cost, memory.range, memory.first);
   }
   __syncthreads();
 }

@@ -15,6 +15,7 @@
 
 #include "attend_gather.cuh"
 #include "attend_plan.cuh"
+#include "attend_tensor_layout.cuh"
 #include "mma.cuh"
 
 namespace specattn::inline v0_1::detail {
@@ -22,7 +23,7 @@ namespace specattn::inline v0_1::detail {
 /// \tparam HeadDim  32, 64, 128 or 256: head_dim or the next above it; the rest is zeros
 /// \tparam Columns  query rows in units of 8
 template <storage T, int HeadDim, int Columns>
-class tensor_tile {
+class tensor_tile : tensor_layout<T, HeadDim> {
  public:
   static constexpr int rows = 8 * Columns;
   static constexpr int warps = HeadDim > 128 ? 4 : 8;
@@ -44,9 +45,6 @@ class tensor_tile {
   /// This warp's tiles of virtual positions [begin, end): every warps-th from its own on. All threads call; the
   /// queries are loaded while the first tiles are on their way.
   __device__ void run(const device_block& b, std::int32_t begin, std::int32_t end) {
-    float queries[pairs][2];
-    load_queries(b, queries);
-    if constexpr (scaled_storage<T>) key_scale_ = launch_.args.kv.key_scale(b.kv_head);
     const attend_gather<T> gather(launch_.args, b);
     const std::int32_t stride = warps * attend_tile;
     std::int32_t ahead = begin + warp() * attend_tile;  // the tile whose copies start next
@@ -54,27 +52,40 @@ class tensor_tile {
     const auto position = [&](std::int32_t tile) {
       return tile < end ? gather.position(tile + lane() % attend_tile) : -1;
     };
-    std::ptrdiff_t offset = gather.offset(position(ahead));
-    std::int32_t next = position(ahead + stride);
+    std::int32_t early[most_stages];  // positions that are needed before the loop, under way together
+#pragma unroll
+    for (int i = 0; i < most_stages; ++i) early[i] = position(ahead + i * stride);
+    float queries[pairs][2];
+    load_queries(b, queries);
+    if constexpr (scaled_storage<T>) key_scale_ = launch_.args.kv.key_scale(b.kv_head);
+    policy_ = copy_policy(launch_.rows.blocks(b.slots) > 1);
     std::uint32_t to = 0, at = 0;
-    const auto fetch = [&] {
+    const auto fetch = [&](std::ptrdiff_t offset) {
       if (ahead < end) start_copies(stages_ + to * stage_bytes, offset);
       commit_copies();
       to = to + 1 < static_cast<std::uint32_t>(launch_.stages) ? to + 1 : 0;
       ahead += stride;
-      offset = gather.offset(next);
-      next = position(ahead + stride);
     };
-    for (std::int32_t i = 1; i < launch_.stages; ++i) fetch();
+#pragma unroll
+    for (int i = 0; i < most_stages - 1; ++i)
+      if (i + 1 < launch_.stages) fetch(gather.offset(early[i]));
+    std::int32_t next = early[most_stages - 1];
+    if (launch_.stages < most_stages) next = position(ahead);
     store_queries(queries);
     __syncthreads();
     clear();
     const std::int32_t all = b.kept + launch_.slot_of(b, 0) + 1;  // every row attends to those before
-    for (std::int32_t i = 0; i < tiles; ++i) {
+    std::int32_t tile = begin + warp() * attend_tile;
+    std::uint32_t readers = readers_of(b, tile, end);
+    for (std::int32_t i = 0; i < tiles; ++i, tile += stride) {
+      const std::uint32_t now = readers;
+      readers = readers_of(b, tile + stride, end);
       await_stage();
       __syncwarp();
-      fetch();
-      consume(stages_ + at * stage_bytes, begin + (i * warps + warp()) * attend_tile, all, b);
+      const std::ptrdiff_t offset = gather.offset(next);
+      next = position(ahead + stride);
+      fetch(offset);
+      consume(stages_ + at * stage_bytes, tile, all, b, now);
       at = at + 1 < static_cast<std::uint32_t>(launch_.stages) ? at + 1 : 0;
     }
     await_copies<0>();
@@ -99,7 +110,7 @@ class tensor_tile {
       }
     }
   }
-  static constexpr int width = 4;  ///< sums that are merged at once
+  static constexpr int width = 4;  ///< adjacent sums that are merged together
   __device__ static constexpr int padded_dim() { return HeadDim; }
   __device__ const float* sums_of(int of_warp, int row) const {
     return reinterpret_cast<const float*>(region_ + (of_warp - warp()) * region_bytes(launch_.stages)) + row * pitch;
@@ -110,17 +121,13 @@ class tensor_tile {
   }
 
  private:
-  using factor = multiplied<T>;
-  static_assert(tensor_storage<factor>);
-  static constexpr bool narrow = sizeof(T) == 1;  ///< two steps of the products a load, converted in registers
-  static constexpr float log2_e = 1.4426950408889634f;
-  static constexpr int steps = HeadDim / 16;
-  static constexpr int steps_a_load = narrow ? 2 : 1;
-  static constexpr int chunk_elements = 16 / sizeof(T);  ///< of 16 bytes
-  static constexpr int chunks = HeadDim / chunk_elements;
-  static constexpr std::uint32_t row_bytes = HeadDim * sizeof(T);
-  static constexpr std::uint32_t values_at = attend_tile * row_bytes;
-  static constexpr std::uint32_t stage_bytes = 2 * values_at;
+  using layout = tensor_layout<T, HeadDim>;
+  using layout::chunk_elements, layout::chunks, layout::log2_e, layout::narrow, layout::stage_bytes, layout::steps,
+      layout::steps_a_load, layout::values_at, layout::row_bytes;
+  using layout::element_of, layout::lane, layout::load_keys, layout::load_values, layout::over_positions,
+      layout::place, layout::row_of, layout::turn, layout::warp;
+  using typename layout::factor;
+
   static constexpr std::size_t query_bytes = Columns * steps * 32 * sizeof(uint4);
 
   SPECATTN_HD static constexpr std::size_t region_bytes(int stages) {
@@ -128,29 +135,6 @@ class tensor_tile {
     const std::size_t sums = rows * (pitch * sizeof(float) + sizeof(attention_state));
     return ((ring > sums ? ring : sums) + 511) / 512 * 512;
   }
-  __device__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
-  __device__ static int warp() { return static_cast<int>(threadIdx.x) / 32; }
-  /// The row of register e of column n; registers 2 and 3 are eight positions (or eight of head_dim) further on.
-  __device__ static int row_of(int n, int e) { return n * 8 + lane() % 4 * 2 + e % 2; }
-  /// Of a product's 16 elements of head_dim, the one in register e of the sums.
-  __device__ static int element_of(int e) { return narrow ? lane() / 4 * 2 + e / 2 : lane() / 4 + e / 2 * 8; }
-  /// What the place of a row's chunks is turned by, so that eight rows' same chunk are in different banks.
-  __device__ static constexpr std::uint32_t turn(int row) {
-    constexpr int rows_a_line = chunks < 8 ? 8 / chunks : 1;
-    return static_cast<std::uint32_t>(row / rows_a_line % (chunks < 8 ? chunks : 8)) * 16;
-  }
-  /// Where a chunk of a row lies in a tile. A stage begins at a multiple of row_bytes: a chunk 2n further on is at
-  /// the address ^ 32n.
-  __device__ static std::uint32_t place(int row, int chunk) {
-    return static_cast<std::uint32_t>(row) * row_bytes + (static_cast<std::uint32_t>(chunk) * 16 ^ turn(row));
-  }
-  template <class Op>
-  __device__ static float over_positions(float x, Op op) {
-#pragma unroll
-    for (int distance = 4; distance < 32; distance *= 2) x = op(x, __shfl_xor_sync(~0u, x, distance));
-    return x;
-  }
-
   __device__ void clear() {
 #pragma unroll
     for (int n = 0; n < Columns; ++n) {
@@ -208,8 +192,8 @@ class tensor_tile {
       const std::ptrdiff_t element = wanted ? from : 0;
       const std::uint32_t there =
           (to ^ turn(i * rows_at_once)) + static_cast<std::uint32_t>(i * rows_at_once) * row_bytes;
-      copy_16_bytes(there, keys + element, wanted);
-      copy_16_bytes(there + values_at, values + element, wanted);
+      copy_16_bytes(there, keys + element, wanted, policy_);
+      copy_16_bytes(there + values_at, values + element, wanted, policy_);
     }
   }
   __device__ void await_stage() const {
@@ -220,11 +204,16 @@ class tensor_tile {
     await_copies<4>();
   }
 
+  /// The slots that attend to position lane % 16 of a tile, a bit each.
+  __device__ std::uint32_t readers_of(const device_block& b, std::int32_t tile, std::int32_t end) const {
+    return b.masked != 0 && tile < end ? launch_.slots_at(b, tile + lane() % attend_tile) : ~0u;
+  }
+
   __device__ __forceinline__ void consume(std::uint32_t stage, std::int32_t first, std::int32_t all,
-                                          const device_block& b) {
+                                          const device_block& b, std::uint32_t readers) {
     float scores[Columns][4];
     score(stage, scores);
-    if (b.masked != 0 && first < b.kept) mask_slots(first, b, scores);
+    if (b.masked != 0) mask_slots(readers, b, scores);
     if (first + attend_tile > all) mask(first, scores);
     if (launch_.records()) record(first, scores);
     soften(scores);
@@ -272,10 +261,9 @@ class tensor_tile {
     }
   }
 
-  __device__ __forceinline__ void mask_slots(std::int32_t first, const device_block& b,
+  __device__ __forceinline__ void mask_slots(std::uint32_t readers, const device_block& b,
                                              float (&scores)[Columns][4]) const {
-    const std::int32_t at = first + lane() / 4;
-    const std::uint32_t slots[2] = {launch_.slots_at(b, at), launch_.slots_at(b, at + 8)};
+    const std::uint32_t slots[2] = {__shfl_sync(~0u, readers, lane() / 4), __shfl_sync(~0u, readers, lane() / 4 + 8)};
 #pragma unroll
     for (int n = 0; n < Columns; ++n) {
 #pragma unroll
@@ -295,8 +283,8 @@ class tensor_tile {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const auto row = facts_.records[row_of(n, e)];
-        if (at < row.limit) row.to[at * stride] = scores[n][e];
-        if (at + 8 < row.limit) row.to[(at + 8) * stride] = scores[n][e + 2];
+        if (at < row.limit) store_for_soon(row.to + at * stride, scores[n][e]);
+        if (at + 8 < row.limit) store_for_soon(row.to + (at + 8) * stride, scores[n][e + 2]);
       }
     }
   }
@@ -369,40 +357,6 @@ class tensor_tile {
     }
   }
 
-  /// Keys of the tile as factors, 16 elements of head_dim a step. Of 8-bit ones a lane has four adjacent elements, which
-  /// stand where 16-bit ones would have two and the two that are eight further on: queries are laid out the same way.
-  __device__ __forceinline__ static void load_keys(std::uint32_t (&k)[steps_a_load][4], std::uint32_t from) {
-    if constexpr (narrow) {
-      std::uint32_t quads[4];
-      load_matrices(quads, from);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const fp16_quad upper = widened(quads[2 * i]), lower = widened(quads[2 * i + 1]);
-        k[i][0] = upper.first, k[i][1] = lower.first, k[i][2] = upper.second, k[i][3] = lower.second;
-      }
-    } else {
-      load_matrices(k[0], from);
-    }
-  }
-  /// The same of values. Of 8-bit ones a lane has two adjacent elements of two positions: element_of() their order.
-  __device__ __forceinline__ static void load_values(std::uint32_t (&v)[steps_a_load][4], std::uint32_t from) {
-    if constexpr (narrow) {
-      std::uint32_t quads[4];
-      load_transposed(quads, from);
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const fp16_quad left = widened(by_element(quads[i])), right = widened(by_element(quads[2 + i]));
-        v[i][0] = left.first, v[i][1] = left.second, v[i][2] = right.first, v[i][3] = right.second;
-      }
-    } else {
-      load_transposed(v[0], from);
-    }
-  }
-  /// Two positions' two elements as two elements' two positions.
-  __device__ __forceinline__ static std::uint32_t by_element(std::uint32_t quad) {
-    return __byte_perm(quad, 0, 0x3120);
-  }
-
   const attend_launch<T>& launch_;
   const attend_row_facts& facts_;
   uint4* queries_;
@@ -412,6 +366,7 @@ class tensor_tile {
   float max_[Columns][2];
   float total_[Columns][2];  ///< of this lane's weights
   float key_scale_ = 1.0f;   ///< of the block's head, where storage has scales
+  std::uint64_t policy_ = 0;
 };
 
 }  // namespace specattn::inline v0_1::detail

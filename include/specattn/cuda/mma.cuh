@@ -29,6 +29,20 @@ __device__ __forceinline__ void copy_16_bytes(std::uint32_t to, const void* from
   const int bytes = wanted ? 16 : 0;
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
+/// How the L2 shall hold what is copied: not for long where nobody reads it again.
+__device__ __forceinline__ std::uint64_t copy_policy(bool again) {
+  std::uint64_t once, normal;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
+  return again ? normal : once;
+}
+/// The same under a policy.
+__device__ __forceinline__ void copy_16_bytes(std::uint32_t to, const void* from, bool wanted, std::uint64_t policy) {
+  const int bytes = wanted ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
+               "r"(bytes), "l"(policy)
+               : "memory");
+}
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /// Waits until at most `Open` of this thread's committed groups are under way.
 template <int Open>
@@ -134,6 +148,13 @@ __device__ __forceinline__ float power_of_two(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+/// Writes what will soon be read again: the L2 shall hold it for longer than what is only read.
+__device__ __forceinline__ void store_for_soon(float* to, float x) {
+  std::uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
+  asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" ::"l"(to), "f"(x), "l"(policy) : "memory");
 }
 
 /// Lets a dependent kernel's launch begin (Hopper); its wait() still waits for this whole grid.
