@@ -59,11 +59,12 @@ def marked(points, colour):
 
 
 def legend(left, entries):
-    out = []
+    """In the lower right corner, where neither picture has lines."""
+    out, x = [], left + WIDTH - 208
     for i, (name, colour, dash) in enumerate(entries):
-        y = TOP + 18 + 20 * i
-        out.append(polyline([(left + 14, y), (left + 40, y)], colour, 2.5, dash))
-        out.append(text_at(left + 48, y + 4.5, name, "start"))
+        y = TOP + HEIGHT - 20 * (len(entries) - i)
+        out.append(polyline([(x, y), (x + 26, y)], colour, 2.5, dash))
+        out.append(text_at(x + 34, y + 4.5, name, "start"))
     return out
 
 
