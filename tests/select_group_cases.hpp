@@ -43,6 +43,43 @@ TEST_CASE_TEMPLATE("select: mean and max weigh every row alike, whatever its sum
   CHECK(kept_of_two<Fixture>({0, 3, 1, 0}, {0, 1, 3, 0}, rule) == list{1, 2});
 }
 
+TEST_CASE_TEMPLATE("select: rows may be unnormalised, each with a scale of its own, under every rule", Fixture,
+                   select_fixture) {
+  Fixture fixture;
+  std::mt19937 random(43);
+  for (const std::ptrdiff_t rows : {1, 4}) {
+    for (int variant = 0; variant < 6; ++variant) {
+      specattn::selection_rule rule;
+      rule.top_p = 0.9f;
+      rule.rows = variant == 1   ? specattn::combine::mean
+                  : variant == 2 ? specattn::combine::max
+                                 : specattn::combine::unite;
+      if (variant == 3) rule.max_tokens = 60;
+      if (variant == 4) rule.page_size = 16;
+      if (variant == 5) rule.method = specattn::threshold_method::bisection;
+      auto own = dense_problem<float>(5, rows, 900, rule);
+      auto scaled = own;
+      for (std::ptrdiff_t g = 0; g < own.groups; ++g) {
+        for (std::ptrdiff_t r = 0; r < rows; ++r) {
+          const auto row = make_row(shape::softmax, own.kv_len, random);
+          const int exponent = static_cast<int>(random() % 80u) - 40;  // as of a row's maximum or its log-sum-exp
+          for (std::ptrdiff_t i = 0; i < own.kv_len; ++i) {
+            own.at(g, r, i) = row[static_cast<std::size_t>(i)];
+            scaled.at(g, r, i) = std::ldexp(row[static_cast<std::size_t>(i)], exponent);
+          }
+        }
+      }
+      const answer want = solve(fixture, own);
+      const answer got = solve(fixture, scaled);
+      CHECK(got.counts == want.counts);
+      CHECK(got.positions == want.positions);
+      CHECK(got.mass == want.mass);
+      CHECK(got.status == want.status);
+      agrees_with_oracle(fixture, scaled);
+    }
+  }
+}
+
 TEST_CASE_TEMPLATE("select: with one row unite, mean and max are the same", Fixture, select_fixture) {
   std::mt19937 random(21);
   const auto row = make_row(shape::softmax, 1000, random);
