@@ -42,6 +42,7 @@ struct rule_case {
   const char* name;
   cell where;
   specattn::selection_rule rule;
+  row_kind kind = row_kind::softmax;
 };
 std::vector<rule_case> rule_cases() {
   std::vector<rule_case> cases;
@@ -59,6 +60,10 @@ std::vector<rule_case> rule_cases() {
     add("union of 4 rows", where, [](auto&) {});
     add("mean of 4 rows", where, [](auto& rule) { rule.rows = specattn::combine::mean; });
     add("max of 4 rows", where, [](auto& rule) { rule.rows = specattn::combine::max; });
+  }
+  for (const cell& where : {cell{2048, 32768, 0}, cell{8192, 8192, 0}}) {
+    add("flat rows, p = 0.33", where, [](auto& rule) { rule.top_p = 0.33f; });
+    cases.back().kind = row_kind::flat;
   }
   add("pages of 16", {256, 32768, 0}, [](auto& rule) { rule.page_size = 16; });
   add("bisection", {256, 32768, 0}, [](auto& rule) { rule.method = specattn::threshold_method::bisection; });
@@ -233,7 +238,7 @@ class select_bench {
 
   void measure_rule(const rule_case& each) {
     const cell& c = each.where;
-    const rows_set data = make_rows(c, row_kind::softmax);
+    const rows_set data = make_rows(c, each.kind);
     ctx_.reserve_workspace(specattn::select_workspace_bytes(ctx_, c.groups(), c.group_rows, c.length, each.rule));
     checked_rows rows(*data[0], c);
     data[0]->select(ctx_, c, each.rule);

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(select_threads, 3)
   extern __shared__ uint4 member_memory[];  // the keys, or what select_group needs
   auto* swept = reinterpret_cast<select_team_memory*>(member_memory);
   select_team team(*swept);
-  const std::ptrdiff_t group = blockIdx.x / static_cast<unsigned>(team.size());
+  const std::ptrdiff_t group = blockIdx.x >> team.log_size();
   if (select_row<T>(launch, team, group, memory, reinterpret_cast<std::uint32_t*>(member_memory)).run(group)) return;
   __syncthreads();
   select_team rest = team;  // a copy, so that the team itself stays in registers
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(select_threads, 3)
     select_groups_kernel(const __grid_constant__ select_launch<T> launch, bool combined) {
   __shared__ select_team_memory memory;
   select_team team(memory);
-  const std::ptrdiff_t group = blockIdx.x / static_cast<unsigned>(team.size());
+  const std::ptrdiff_t group = blockIdx.x >> team.log_size();
   select_scratch_view scratch;
   scratch.lay_out(launch.workspace + group * static_cast<std::ptrdiff_t>(launch.group_bytes),
                   launch.from.weights.extent(2), combined, launch.rule.page_size > 1);

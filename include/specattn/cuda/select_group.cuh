@@ -3,36 +3,11 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
 
 #include "select_part.cuh"
+#include "select_row_list.cuh"
 
 namespace specattn::inline v0_1::detail {
-
-/// A group's part of the workspace. Rows that fit a cluster's shared memory need none.
-struct select_scratch_view {
-  std::uint64_t* scores = nullptr;  ///< positions: rows combined
-  std::uint64_t* pages = nullptr;   ///< items: mass of a row's pages, in the end of the combined rows'
-  std::uint32_t* kept = nullptr;    ///< words
-  std::uint32_t* equal = nullptr;   ///< words
-  bool own = false;                 ///< the words are those of this CTA alone
-
-  /// Lays the arrays out from `base`, which may be null, and returns the bytes they take.
-  SPECATTN_HD std::size_t lay_out(std::byte* base, std::ptrdiff_t kv_len, bool combined, bool paged) {
-    const auto items = static_cast<std::size_t>(kv_len + 31) / 32 * 32;
-    std::size_t bytes = 0;
-    const auto take = [&](auto*& array, std::size_t count) {
-      using element = std::remove_reference_t<decltype(*array)>;
-      if (count > 0 && base != nullptr) array = reinterpret_cast<element*>(base + bytes);
-      bytes += (count * sizeof(element) + 63) / 64 * 64;
-    };
-    take(scores, combined ? items : 0);
-    take(pages, paged ? items : 0);
-    take(kept, items / 32);
-    take(equal, items / 32);
-    return bytes;
-  }
-};
 
 template <storage T>
 class select_group : group_part {
@@ -373,8 +348,7 @@ class select_group : group_part {
     });
     const std::ptrdiff_t written = entries(count, expand);
     if (team_.rank() != 0) return;
-    const std::ptrdiff_t padded = padded_count(written, out_.capacity());
-    for (std::ptrdiff_t i = written + team_.thread(); i < padded; i += select_threads) list[i * stride] = -1;
+    pad_list(out_, group, static_cast<std::int32_t>(written));
     if (team_.thread() == 0) out_.counts[group] = static_cast<std::int32_t>(written);
   }
 

@@ -21,6 +21,31 @@ struct select_launch {
   std::size_t group_bytes = 0;  ///< of the workspace, a group's part
 };
 
+/// A group's part of the workspace. Rows that fit a cluster's shared memory need none.
+struct select_scratch_view {
+  std::uint64_t* scores = nullptr;  ///< positions: rows combined
+  std::uint64_t* pages = nullptr;   ///< items: mass of a row's pages, in the end of the combined rows'
+  std::uint32_t* kept = nullptr;    ///< words
+  std::uint32_t* equal = nullptr;   ///< words
+  bool own = false;                 ///< the words are those of this CTA alone
+
+  /// Lays the arrays out from `base`, which may be null, and returns the bytes they take.
+  SPECATTN_HD std::size_t lay_out(std::byte* base, std::ptrdiff_t kv_len, bool combined, bool paged) {
+    const auto items = static_cast<std::size_t>(kv_len + 31) / 32 * 32;
+    std::size_t bytes = 0;
+    const auto take = [&](auto*& array, std::size_t count) {
+      using element = std::remove_reference_t<decltype(*array)>;
+      if (count > 0 && base != nullptr) array = reinterpret_cast<element*>(base + bytes);
+      bytes += (count * sizeof(element) + 63) / 64 * 64;
+    };
+    take(scores, combined ? items : 0);
+    take(pages, paged ? items : 0);
+    take(kept, items / 32);
+    take(equal, items / 32);
+    return bytes;
+  }
+};
+
 /// Items of one member of a cluster: whole words.
 SPECATTN_HD inline std::int32_t member_share(std::int64_t items, int members) {
   const std::int64_t words = (items + 31) / 32;

@@ -12,6 +12,8 @@
 #include <cstdint>
 
 #include "select_part.cuh"
+#include "select_row_list.cuh"
+#include "select_row_read.cuh"
 #include "select_row_sample.cuh"
 #include "select_row_threshold.cuh"
 
@@ -38,6 +40,7 @@ class select_row : group_part {
     const T* row = weights.data() + group * weights.stride(0);
     const std::ptrdiff_t rows = weights.extent(1);
     std::uint64_t united = 0;
+#pragma unroll 1
     for (std::ptrdiff_t i = 0; i < rows; ++i, row += weights.stride(1)) {
       if (i > 0) __syncthreads();  // all have read what they keep of the last row
       if (!choose(row, weights.stride(2))) return false;
@@ -48,18 +51,16 @@ class select_row : group_part {
   }
 
  private:
-  struct row_facts {
-    std::uint32_t max_key;
-    float sum;
-  };
-
   /// Chooses from a row what the thread keeps of its words, and finds the CTA's place in the list. False where
   /// select_group has to.
   __device__ __forceinline__ bool choose(const T* row, std::ptrdiff_t stride) {
     const bool everything = asked_by(top_p) == asked::everything;
-    row_facts facts = load(row, stride);
+    memory_.clear(team_.thread());
+    __syncthreads();
+    key_facts facts = read_row(row + range.first * stride, stride, range, each_words_, keys_, memory_.sample);
     team_.meet();
-    facts = exchange(facts);
+    facts = exchange_facts(team_, memory_, turn_, facts);
+    turn_ ^= 1;  // peers may be a row ahead
     if (facts.max_key > largest_finite_bits || needs_lift(facts.max_key) || !(facts.sum <= 3e38f)) return false;
     const std::int32_t forced_count = forced.head + (items - forced.tail);
     if (items > limit && forced_count >= limit) return false;
@@ -71,7 +72,7 @@ class select_row : group_part {
     }
     mass_ = row_mass{mass_scale(facts.max_key)};
     take_out_forced();
-    select_row_sample sample(team_, memory_, items);
+    select_row_sample sample(team_, memory_, items, facts.max_key);
     const float tails[2] = {(1.0f - top_p) * facts.sum, static_cast<float>(items - limit)};
 #pragma unroll 1
     for (int i = everything ? 1 : 0; i <= (items > limit ? 1 : 0); ++i)
@@ -94,6 +95,7 @@ class select_row : group_part {
     }
     select_row_threshold threshold(team_, memory_, mass_, max_key);
     bool wider = false;
+#pragma unroll 1
     for (;;) {
       kept_ = forced_words();
       const std::uint64_t inside = sweep(guess, by, max_key);
@@ -126,6 +128,7 @@ class select_row : group_part {
     } else {
       const std::uint64_t sure = kept_;
       std::uint64_t equal = 0;
+#pragma unroll 1
       for (std::uint64_t left = inside; left != 0; left &= left - 1) {
         const std::uint64_t bit = left & (0 - left);
         const std::uint32_t key = key_at(left);
@@ -133,6 +136,7 @@ class select_row : group_part {
         if (key == verdict.key) equal |= bit;
       }
       keep_ties(equal, verdict.ties);
+#pragma unroll 1
       for (std::uint64_t left = kept_ & ~sure; left != 0; left &= left - 1) mine += mass_(key_at(left));
     }
     if (by == chosen_by::mass || (everything && launch_.out.mass.empty())) {
@@ -151,9 +155,11 @@ class select_row : group_part {
   __device__ __forceinline__ void each_doubt(std::uint64_t inside, Visit visit) const {
     const std::uint32_t count = memory_.doubtful_count;
     if (count > doubt_room) {
+#pragma unroll 1
       for (std::uint64_t left = inside; left != 0; left &= left - 1) visit(key_at(left));
       return;
     }
+#pragma unroll 1
     for (std::uint32_t i = static_cast<std::uint32_t>(team_.thread()); i < count; i += select_threads)
       visit(keys_[place(memory_.doubtful[i])]);
   }
@@ -166,6 +172,7 @@ class select_row : group_part {
     if (team_.lane() == 31 && end > 0) at = atomicAdd(&memory_.doubtful_count, static_cast<std::uint32_t>(end));
     at = __shfl_sync(~0u, at, 31) + static_cast<std::uint32_t>(end - mine);
     const auto list = [&](std::uint32_t bits, std::int32_t before) {
+#pragma unroll 1
       for (; bits != 0 && at < doubt_room; bits &= bits - 1, ++at)
         memory_.doubtful[at] = static_cast<std::uint16_t>(before + __ffs(static_cast<int>(bits)));
     };
@@ -182,6 +189,7 @@ class select_row : group_part {
     if (each_words_ > 1) words[first_word() + 1] = static_cast<std::uint32_t>(kept_ >> 32);
     __syncthreads();
     std::uint64_t mass = 0;
+#pragma unroll 1
     for (std::uint32_t i = static_cast<std::uint32_t>(team_.thread()); i < memory_.doubtful_count;
          i += select_threads) {
       const std::uint32_t position = memory_.doubtful[i];
@@ -209,6 +217,7 @@ class select_row : group_part {
     }
     team_.sync();
     member_masses sums{0, 0};
+#pragma unroll 1
     for (int peer = 0; peer < team_.size(); ++peer) {
       sums.all += memory_.masses[peer].all;
       sums.kept += memory_.masses[peer].kept + memory_.doubt_masses[peer];
@@ -221,6 +230,7 @@ class select_row : group_part {
     team_.sync();  // peers have read what the last row told
     tell_masses({0, 0}, __reduce_add_sync(~0u, static_cast<std::uint32_t>(__popcll(static_cast<long long>(united)))));
     start_ = count_ = 0;
+#pragma unroll 1
     for (int peer = 0; peer < team_.size(); ++peer) {
       const auto theirs = static_cast<std::int32_t>(memory_.kept[peer]);
       start_ += peer < team_.rank() ? theirs : 0;
@@ -228,8 +238,7 @@ class select_row : group_part {
     }
   }
 
-  /// Where a position of this CTA lies: fours are permuted so that threads that read their words meet no bank conflict.
-  __device__ std::int32_t place(std::int32_t i) const { return i ^ ((i >> (4 + each_words_) & 7) * 4); }
+  __device__ std::int32_t place(std::int32_t i) const { return place_of(i, each_words_); }
   __device__ std::int32_t first_word() const { return team_.thread() * each_words_; }
   __device__ std::uint32_t key_at(std::uint64_t bit) const {
     return keys_[place(first_word() * 32 + __ffsll(static_cast<long long>(bit)) - 1)];
@@ -248,76 +257,6 @@ class select_row : group_part {
     return words;
   }
 
-  /// Reads the CTA's part of the row and counts the sample. Weights that are not valid have larger keys than any that
-  /// are.
-  __device__ __forceinline__ row_facts load(const T* row, std::ptrdiff_t stride) {
-    struct alignas(4 * sizeof(T)) four_weights {
-      T x[4];
-    };
-    memory_.clear(team_.thread());
-    __syncthreads();
-    row_facts facts{0, 0.0f};
-    row += range.first * stride;
-    const std::int32_t count = range.last - range.first;
-    const bool vectors = stride == 1 && reinterpret_cast<std::uintptr_t>(row) % sizeof(four_weights) == 0;
-    const auto take = [&](std::int32_t four, const T(&x)[4], int sample) {
-      std::uint32_t key[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const float weight = to_float(x[j]);
-        key[j] = __float_as_uint(weight);
-        facts.max_key = facts.max_key > key[j] ? facts.max_key : key[j];
-        facts.sum += weight;
-        if (j == sample) atomicAdd(&memory_.sample[key[j] >> sample_shift & (sample_bins - 1)], 1u);
-      }
-      *reinterpret_cast<uint4*>(keys_ + place(four * 4)) = {key[0], key[1], key[2], key[3]};
-    };
-    constexpr int ahead = 4;  // loads in flight
-    std::int32_t four = team_.thread();
-    if (vectors) {
-      const auto* fours = reinterpret_cast<const four_weights*>(row);
-      for (; (four + (ahead - 1) * select_threads) * 4 + 3 < count; four += ahead * select_threads) {
-        four_weights part[ahead];
-#pragma unroll
-        for (int i = 0; i < ahead; ++i) part[i] = fours[four + i * select_threads];
-#pragma unroll
-        for (int i = 0; i < ahead; ++i) take(four + i * select_threads, part[i].x, i % 2 == 0 ? i : -1);
-      }
-    }
-    for (; four < range.words * 8; four += select_threads) {
-      T x[4] = {};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (four * 4 + j < count) x[j] = row[(four * 4 + j) * stride];
-      }
-      take(four, x, four / select_threads % 2 == 0 && four * 4 < count ? 0 : -1);
-    }
-    return facts;
-  }
-
-  /// The largest key and the sum over the cluster, the same to the bit in every CTA.
-  __device__ __forceinline__ row_facts exchange(row_facts mine) {
-    const std::uint32_t most = __reduce_max_sync(~0u, mine.max_key);
-    for (int distance = 16; distance > 0; distance /= 2) mine.sum += __shfl_xor_sync(~0u, mine.sum, distance);
-    if (team_.lane() == 0) memory_.warps[team_.warp()] = {most, __float_as_uint(mine.sum)};
-    __syncthreads();
-    const auto join = [](row_facts all, uint2 part) {
-      return row_facts{all.max_key > part.x ? all.max_key : part.x, all.sum + __uint_as_float(part.y)};
-    };
-    if (team_.thread() < team_.size()) {
-      row_facts block{0, 0.0f};
-#pragma unroll
-      for (int warp = 0; warp < select_warps; ++warp) block = join(block, memory_.warps[warp]);
-      team_.at_peer(memory_.members[turn_], team_.thread())[team_.rank()] = {block.max_key,
-                                                                             __float_as_uint(block.sum)};
-    }
-    team_.sync();
-    row_facts all{0, 0.0f};
-    team_.each_peer([&](int peer) { all = join(all, memory_.members[turn_][peer]); });
-    turn_ ^= 1;  // peers may be a row ahead
-    return all;
-  }
-
   /// Takes the forced keys out of the row.
   __device__ __forceinline__ void take_out_forced() {
     forced_mass_ = 0;
@@ -325,6 +264,7 @@ class select_row : group_part {
     take_out(forced.tail > range.first ? forced.tail : range.first, range.last);
   }
   __device__ __forceinline__ void take_out(std::int32_t first, std::int32_t last) {
+#pragma unroll 1
     for (std::int32_t item = first + team_.thread(); item < last; item += select_threads) {
       std::uint32_t& key = keys_[place(item - range.first)];
       forced_mass_ += mass_(key);
@@ -358,6 +298,7 @@ class select_row : group_part {
     std::uint64_t heavy = 0;
     std::int32_t words = range.words - first_word();
     words = words > each_words_ ? each_words_ : words > 0 ? words : 0;
+#pragma unroll 1
     for (std::int32_t word = 0; word < words; ++word) {
       std::uint32_t heavy_bits = 0;
       std::uint32_t inside_bits = 0;
@@ -410,6 +351,7 @@ class select_row : group_part {
     std::int32_t before;
     select_count_scan(memory_.count_scan).ExclusiveSum(__popcll(static_cast<long long>(equal)), before);
     __syncthreads();
+#pragma unroll 1
     for (; before < ties && equal != 0; ++before, equal &= equal - 1) kept_ |= equal & (0 - equal);
   }
 
@@ -419,40 +361,16 @@ class select_row : group_part {
     std::int32_t at, count;
     select_count_scan(memory_.count_scan).ExclusiveSum(__popcll(static_cast<long long>(kept)), at, count);
     const auto& positions = launch_.out.positions;
-    const std::ptrdiff_t step = select_threads * positions.stride(1);
-    std::int32_t* to =
-        positions.data() + group * positions.stride(0) + (start + team_.thread()) * positions.stride(1);
-    if (count == range.last - range.first) {
-      for (std::int32_t i = range.first + team_.thread(); i < range.last; i += select_threads, to += step) *to = i;
-    } else {
-      // Staged, so that memory is written in whole lines.
-      const std::int32_t first = range.first + first_word() * 32;
-      std::uint32_t* staged = keys_ + at;
-      stage_word(static_cast<std::uint32_t>(kept), first, staged);
-      stage_word(static_cast<std::uint32_t>(kept >> 32), first + 32, staged);
-      __syncthreads();
-#pragma unroll 4
-      for (std::int32_t i = team_.thread(); i < count; i += select_threads, to += step)
-        *to = static_cast<std::int32_t>(keys_[i]);
-    }
+    std::int32_t* to = positions.data() + group * positions.stride(0) + start * positions.stride(1);
+    const item_range whole = count == range.last - range.first ? range : item_range{};
+    write_list(kept, range.first + first_word() * 32, at, count, whole, keys_, to, positions.stride(1));
     if (team_.rank() == 0) report(group, total);
     return true;
   }
 
-  /// Stages the positions of a word's bits. No loop over the bits: lanes have different numbers.
-  __device__ __forceinline__ static void stage_word(std::uint32_t bits, std::int32_t first, std::uint32_t*& staged) {
-#pragma unroll
-    for (std::int32_t i = 0; i < 32; ++i) {
-      if ((bits & 1u << i) != 0) *staged++ = static_cast<std::uint32_t>(first + i);
-    }
-  }
-
   __device__ __forceinline__ void report(std::ptrdiff_t group, std::int32_t count) const {
     const auto& out = launch_.out;
-    const std::ptrdiff_t stride = out.positions.stride(1);
-    std::int32_t* list = out.positions.data() + group * out.positions.stride(0);
-    const std::ptrdiff_t padded = padded_count(count, out.capacity());
-    for (std::ptrdiff_t i = count + team_.thread(); i < padded; i += select_threads) list[i * stride] = -1;
+    pad_list(out, group, count);
     if (team_.thread() != 0) return;
     out.counts[group] = count;
     if (!out.status.empty()) out.status[group] = status;

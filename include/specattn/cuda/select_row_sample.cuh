@@ -14,12 +14,15 @@ namespace specattn::inline v0_1::detail {
 class select_row_sample {
  public:
   /// Merges what the members have counted of `items` weights.
-  __device__ __forceinline__ select_row_sample(const select_team& team, select_row_memory& memory, std::int32_t items)
-      : memory_(memory), items_(static_cast<float>(items)) {
+  __device__ __forceinline__ select_row_sample(const select_team& team, select_row_memory& memory, std::int32_t items,
+                                               std::uint32_t max_key)
+      : memory_(memory),
+        items_(static_cast<float>(items)),
+        first_bin_(static_cast<int>(max_key >> sample_shift) + 1 - sample_bins + bins * select_team::thread()) {
     team.each_peer([&](int peer) {
-      const uint2 part = reinterpret_cast<const uint2*>(team.at_peer(memory_.sample, peer))[team.thread()];
-      counts_[0] += part.x;
-      counts_[1] += part.y;
+      const std::uint32_t* theirs = team.at_peer(memory_.sample, peer);
+#pragma unroll
+      for (int i = 0; i < bins; ++i) counts_[i] += theirs[(first_bin_ + i) & (sample_bins - 1)];
     });
     const std::uint32_t sampled = __reduce_add_sync(~0u, counts_[0] + counts_[1]);
     if (team.lane() == 0) atomicAdd(&memory_.sampled, sampled);
@@ -96,13 +99,15 @@ class select_row_sample {
   static constexpr std::uint32_t reach = (1u << 25) - 1;  // from a range's middle: doubt_bins hold eight octaves
 
   __device__ static int index(chosen_by by) { return by == chosen_by::count ? 1 : 0; }
-  /// The first key of the thread's i-th bin.
-  __device__ static std::uint32_t edge(std::uint32_t i) {
-    return (static_cast<std::uint32_t>(select_team::thread()) * bins + i) << sample_shift;
+  /// The first key of the thread's i-th bin. Lighter keys than those of 128 octaves count with heavier ones.
+  __device__ std::uint32_t edge(std::uint32_t i) const {
+    const int bin = first_bin_ + static_cast<int>(i);
+    return bin < 0 ? 0 : static_cast<std::uint32_t>(bin) << sample_shift;
   }
 
   select_row_memory& memory_;
   float items_;
+  int first_bin_;
   std::uint32_t counts_[bins] = {};
 };
 

@@ -11,12 +11,13 @@
 
 namespace specattn::inline v0_1::detail {
 
-inline constexpr int sample_bins = 512;  // half octaves of all floats
-inline constexpr int sample_shift = 22;
+inline constexpr int sample_bins = 512;  // quarter octaves: 128 octaves, of which the largest key lies in the last
+inline constexpr int sample_shift = 21;
 using select_sample_scan = cub::BlockScan<float, select_threads, cub::BLOCK_SCAN_WARP_SCANS>;
 using select_count_scan = cub::BlockScan<std::int32_t, select_threads, cub::BLOCK_SCAN_WARP_SCANS>;
 
-inline constexpr std::uint32_t doubt_room = 1024;  // keys in doubt of a CTA: a few in a hundred of 2^14
+inline constexpr std::uint32_t doubt_room =
+    1408;  // keys in doubt of a CTA: a few in a hundred of 2^14, eight of flat rows
 
 /// What a choice goes by: a share of the mass, or, where a cap bites, the number of positions.
 enum class chosen_by { mass, count };
@@ -124,6 +125,7 @@ struct select_row_memory {
 
   /// For another row.
   __device__ void clear(int thread) {
+#pragma unroll 1
     for (int i = thread; i < sample_bins; i += select_threads) sample[i] = 0;
     clear_search(thread);
     if (thread == 0) sampled = 0;
@@ -229,6 +231,7 @@ class select_row_threshold {
         by == chosen_by::count ? static_cast<std::uint64_t>(limit) : target_mass(top_p, total);
     if (target <= chosen) return false;
     need_ = target - chosen;
+#pragma unroll 1
     for (int round = 0;; round ^= 1) {
       if (!narrow(range, round)) return false;
       tell(range, round, for_each);
@@ -347,6 +350,7 @@ class select_row_threshold {
     const std::uint64_t one = mass_of(key);
     std::uint64_t above = 0;
     std::uint32_t equal = 0;
+#pragma unroll 1
     for (int i = 0; i < static_cast<int>(count); ++i) {
       const std::uint32_t other = __shfl_sync(~0u, key, i);
       const std::uint64_t other_mass = __shfl_sync(~0u, one, i);

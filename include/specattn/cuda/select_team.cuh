@@ -64,7 +64,8 @@ class select_team {
   }
 
   __device__ int rank() const { return rank_; }
-  __device__ int size() const { return size_; }
+  __device__ int size() const { return size_; }  ///< a power of two
+  __device__ int log_size() const { return 31 - __clz(size_); }
   __device__ static int thread() { return static_cast<int>(threadIdx.x); }
   __device__ static int lane() { return static_cast<int>(threadIdx.x) % 32; }
   __device__ static int warp() { return static_cast<int>(threadIdx.x) / 32; }
