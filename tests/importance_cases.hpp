@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <random>
@@ -19,6 +20,7 @@ namespace importance_testing {
 struct shape {
   std::int32_t layers = 3, q_heads = 4, target_layers = 2, kv_heads = 3;
   std::int32_t spare = 5;  ///< positions of a row behind the prefix
+  std::int32_t sequences = 1;
 };
 
 /// Host data of one call, and what it must give in double precision. `weights` are what a row means, whatever it is
@@ -26,19 +28,35 @@ struct shape {
 struct problem : shape {
   std::int32_t steps = 1;
   std::int32_t kv_len = 0, capacity = 0;
+  std::vector<std::int32_t> lengths;  ///< of each sequence, where they are read from memory
   bool separate_steps = false;
   specattn::sparse_mixture mixture;
   std::vector<float> weights, masses, history_weights;
-  std::vector<std::int32_t> history_positions, history_counts;
+  std::vector<std::int32_t> history_positions, history_counts, history_row_of;
 
   std::int32_t groups() const { return target_layers * kv_heads; }
   std::int32_t heads() const { return layers * q_heads; }
+  std::int32_t rows() const { return steps * sequences * heads(); }
+  std::int32_t row(std::int32_t step, std::int32_t s, std::int32_t head) const {
+    return ((step * layers + head / q_heads) * sequences + s) * q_heads + head % q_heads;
+  }
+  std::int32_t out_rows() const { return separate_steps ? steps : 1; }
+  std::int32_t out_row(std::int32_t s, std::int32_t g, std::int32_t r) const {
+    return ((g / kv_heads * sequences + s) * kv_heads + g % kv_heads) * out_rows() + r;
+  }
+  std::int32_t length(std::int32_t s) const {
+    return lengths.empty() ? kv_len : std::clamp(lengths[static_cast<std::size_t>(s)], 0, kv_len);
+  }
+  std::int32_t history_row(std::int32_t s, std::int32_t g) const {
+    return history_row_of[static_cast<std::size_t>(s)] * groups() + g;
+  }
   std::size_t cell(std::int32_t row, std::int32_t i) const {
     return static_cast<std::size_t>(row) * static_cast<std::size_t>(capacity) + static_cast<std::size_t>(i);
   }
 };
 
-/// Random signals. History is absent in every third group, listed in the next, dense in the last.
+/// Random signals. History is absent in every third group, listed in the next, dense in the last; its rows are in the
+/// opposite order of the sequences.
 inline problem make_problem(std::int32_t kv_len, std::int32_t steps, std::uint32_t seed, const shape& sizes = {}) {
   std::mt19937 random(seed);
   std::uniform_real_distribution<float> unit(0.0f, 1.0f);
@@ -49,96 +67,111 @@ inline problem make_problem(std::int32_t kv_len, std::int32_t steps, std::uint32
   p.capacity = kv_len + p.spare;
   p.mixture.kv_heads = p.kv_heads;
   p.mixture.signals = {p.layers, p.q_heads, {7, 300}, 4, true};
-  p.weights.resize(p.cell(steps * p.heads(), 0));
+  p.weights.resize(p.cell(p.rows(), 0));
   for (float& w : p.weights) w = unit(random);
-  p.masses.resize(static_cast<std::size_t>(steps * p.heads()));
+  p.masses.resize(static_cast<std::size_t>(p.rows()));
   for (float& mass : p.masses) mass = random() % 9 == 0 ? 0.0f : 0.5f + unit(random);
-  p.history_weights.resize(p.cell(p.groups(), 0));
-  p.history_positions.resize(p.cell(p.groups(), 0));
-  p.history_counts.resize(static_cast<std::size_t>(p.groups()));
+  const std::int32_t history_rows = p.sequences * p.groups();
+  p.history_weights.resize(p.cell(history_rows, 0));
+  p.history_positions.resize(p.cell(history_rows, 0));
+  p.history_counts.resize(static_cast<std::size_t>(history_rows));
+  for (std::int32_t s = p.sequences; s-- > 0;) p.history_row_of.push_back(s);
   p.mixture.first.push_back(0);
   for (std::int32_t g = 0; g < p.groups(); ++g) {
     for (std::int32_t signal = 0; signal < p.mixture.signals.count(); ++signal) {
       if (random() % 2 == 0) p.mixture.terms.push_back({signal, unit(random)});
     }
     p.mixture.first.push_back(static_cast<std::int32_t>(p.mixture.terms.size()));
+  }
+  for (std::int32_t row = 0; row < history_rows; ++row) {
     std::int32_t count = 0;
     for (std::int32_t i = 0; i < kv_len; ++i) {
-      p.history_weights[p.cell(g, i)] = unit(random);
-      if (random() % 3 == 0) p.history_positions[p.cell(g, count++)] = i;
+      p.history_weights[p.cell(row, i)] = unit(random);
+      if (random() % 3 == 0) p.history_positions[p.cell(row, count++)] = i;
     }
-    p.history_counts[static_cast<std::size_t>(g)] = g % 3 == 0 ? 0 : g % 3 == 1 ? count : specattn::keep_all;
+    p.history_counts[static_cast<std::size_t>(row)] = row % 3 == 0 ? 0 : row % 3 == 1 ? count : specattn::keep_all;
   }
   return p;
 }
 
-/// Importance of each position for group g from steps [from, to), by the definition.
-inline std::vector<double> expected(const problem& p, std::int32_t g, std::int32_t from, std::int32_t to) {
+/// Importance of each position of sequence s for group g from steps [from, to), by the definition.
+inline std::vector<double> expected(const problem& p, std::int32_t s, std::int32_t g, std::int32_t from,
+                                    std::int32_t to) {
   const specattn::signal_set& signals = p.mixture.signals;
   const auto at = static_cast<std::size_t>(g);
-  std::vector<double> sums(static_cast<std::size_t>(p.kv_len));
-  const auto add = [&](std::int32_t i, double value) { sums[static_cast<std::size_t>(i)] += value; };
+  const std::int32_t kv_len = p.length(s), past = p.history_row(s, g);
+  const std::int32_t listed = p.history_counts[static_cast<std::size_t>(past)];
+  std::vector<double> sums(static_cast<std::size_t>(kv_len));
+  const auto add = [&](std::int32_t i, double value) {
+    if (i < kv_len) sums[static_cast<std::size_t>(i)] += value;
+  };
   for (std::int32_t t = p.mixture.first[at]; t < p.mixture.first[at + 1]; ++t) {
     const auto term = p.mixture.terms[static_cast<std::size_t>(t)];
     const double coefficient = term.coefficient;
     if (term.signal < p.heads()) {
       for (std::int32_t step = from; step < to; ++step) {
-        const std::int32_t row = step * p.heads() + term.signal;
+        const std::int32_t row = p.row(step, s, term.signal);
         const double mass = p.masses[static_cast<std::size_t>(row)];
-        for (std::int32_t i = 0; mass > 0 && i < p.kv_len; ++i)
+        for (std::int32_t i = 0; mass > 0 && i < kv_len; ++i)
           add(i, coefficient * p.weights[p.cell(row, i)] / mass / (to - from));
       }
     } else if (term.signal < p.heads() + 2) {
       const std::int32_t window =
-          std::min(signals.windows[static_cast<std::size_t>(term.signal - p.heads())], p.kv_len);
-      for (std::int32_t i = p.kv_len - window; i < p.kv_len; ++i) add(i, coefficient / window);
+          std::min(signals.windows[static_cast<std::size_t>(term.signal - p.heads())], kv_len);
+      for (std::int32_t i = kv_len - window; i < kv_len; ++i) add(i, coefficient / window);
     } else if (term.signal == p.heads() + 2) {
-      const std::int32_t sinks = std::min(signals.sinks, p.kv_len);
+      const std::int32_t sinks = std::min(signals.sinks, kv_len);
       for (std::int32_t i = 0; i < sinks; ++i) add(i, coefficient / sinks);
-    } else if (p.history_counts[at] == specattn::keep_all) {
-      for (std::int32_t i = 0; i < p.kv_len; ++i) add(i, coefficient * p.history_weights[p.cell(g, i)]);
+    } else if (listed == specattn::keep_all) {
+      for (std::int32_t i = 0; i < kv_len; ++i) add(i, coefficient * p.history_weights[p.cell(past, i)]);
     } else {
-      for (std::int32_t j = 0; j < p.history_counts[at]; ++j)
-        add(p.history_positions[p.cell(g, j)], coefficient * p.history_weights[p.cell(g, j)]);
+      for (std::int32_t j = 0; j < listed; ++j)
+        add(p.history_positions[p.cell(past, j)], coefficient * p.history_weights[p.cell(past, j)]);
     }
   }
   return sums;
 }
 
 /// A problem in the backend's memory, rows stored as T. With a `split_len`, as multiples of their split's scale.
-template <class Fixture, class T>
+template <class Fixture, class T, class U = float>
 struct resident_problem {
   using backend = typename Fixture::backend;
-  template <class U>
-  using buffer = specattn::buffer<U, backend>;
+  template <class X>
+  using buffer = specattn::buffer<X, backend>;
 
   specattn::resident_mixture<backend> mixture;
   buffer<T> weights;
-  buffer<float> masses, scales, history_weights, out;
-  buffer<std::int32_t> history_positions, history_counts;
-  specattn::importance_args<backend, T> args;
+  buffer<float> masses, scales, history_weights;
+  buffer<U> out;
+  buffer<std::int32_t> history_positions, history_counts, history_row_of, lengths;
+  specattn::importance_args<backend, T, U> args;
 
   /// Rounds p's weights to what is stored.
   resident_problem(Fixture& fixture, problem& p, std::int32_t split_len = 0)
       : mixture(specattn::sparse_mixture(p.mixture)),
         masses(fixture.upload(p.masses)),
         history_weights(fixture.upload(p.history_weights)),
-        out(fixture.upload(std::vector<float>(p.cell(p.groups() * (p.separate_steps ? p.steps : 1), 0), -7.0f))),
+        out(fixture.upload(
+            std::vector<U>(p.cell(p.sequences * p.groups() * p.out_rows(), 0), specattn::from_float<U>(-7.0f)))),
         history_positions(fixture.upload(p.history_positions)),
-        history_counts(fixture.upload(p.history_counts)) {
+        history_counts(fixture.upload(p.history_counts)),
+        history_row_of(fixture.upload(p.history_row_of)),
+        lengths(fixture.upload(p.lengths)) {
     store(fixture, p, split_len);
-    args.draft_weights = {weights.data(), {p.steps, p.layers, p.q_heads, p.capacity}};
-    args.masses = {masses.data(), {p.steps, p.layers, p.q_heads}};
-    args.history.weights = {history_weights.data(), {p.groups(), p.capacity}};
-    args.history.positions = {history_positions.data(), {p.groups(), p.capacity}};
-    args.history.counts = {history_counts.data(), {p.groups()}};
+    args.draft_weights = {weights.data(), {p.steps, p.layers, p.sequences, p.q_heads, p.capacity}};
+    args.masses = {masses.data(), {p.steps, p.layers, p.sequences, p.q_heads}};
+    args.history.weights = {history_weights.data(), {p.sequences, p.groups(), p.capacity}};
+    args.history.positions = {history_positions.data(), {p.sequences, p.groups(), p.capacity}};
+    args.history.counts = {history_counts.data(), {p.sequences, p.groups()}};
+    if (p.sequences > 1) args.history.row_of = {history_row_of.data(), {p.sequences}};
     args.kv_len = p.kv_len;
+    if (!p.lengths.empty()) args.length = {lengths.data(), {p.sequences}};
     args.separate_steps = p.separate_steps;
-    args.out = {out.data(), {p.target_layers, p.kv_heads, p.separate_steps ? p.steps : 1, p.capacity}};
+    args.out = {out.data(), {p.target_layers, p.sequences, p.kv_heads, p.out_rows(), p.capacity}};
   }
 
   void store(Fixture& fixture, problem& p, std::int32_t split_len) {
-    const std::int32_t rows = p.steps * p.heads();
+    const std::int32_t rows = p.rows();
     const std::int32_t splits = split_len > 0 ? (p.kv_len + split_len - 1) / split_len : 1;
     std::vector<T> stored(p.weights.size());
     std::vector<float> scale(static_cast<std::size_t>(rows * splits), 1.0f);
@@ -155,51 +188,81 @@ struct resident_problem {
     weights = fixture.upload(stored);
     if (split_len == 0) return;
     scales = fixture.upload(scale);
-    args.split_scales = {scales.data(), {p.steps, p.layers, p.q_heads, splits}};
+    args.split_scales = {scales.data(), {p.steps, p.layers, p.sequences, p.q_heads, splits}};
     args.split_len = split_len;
   }
 
   void reserve(Fixture& fixture) {
     auto& context = fixture.context();
-    context.reserve_workspace(
-        specattn::importance_workspace_bytes(context, mixture, args.draft_weights.extent(0), args.kv_len));
+    context.reserve_workspace(specattn::importance_workspace_bytes(context, mixture, args.draft_weights.extent(0),
+                                                                   args.kv_len, args.sequences()));
     fixture.soil_workspace();
   }
   std::vector<float> run(Fixture& fixture) {
     reserve(fixture);
     specattn::mix_importance(fixture.context(), mixture, args);
-    return fixture.download(out);
+    return results(fixture);
+  }
+  /// What out means; -7 where nothing was written.
+  std::vector<float> results(Fixture& fixture) const {
+    std::vector<float> values;
+    for (const U x : fixture.download(out)) {
+      const float value = specattn::to_float(x);
+      values.push_back(value == -7.0f ? value : value * specattn::importance_unit<U>);
+    }
+    return values;
   }
 };
 
-/// Every value within importance_error of itself, zeros exact, nothing behind the prefix written.
-template <class Backend>
+/// Every value within importance_error (and fp16's rounding) of itself, zeros exact, nothing behind the prefix written.
+template <class Backend, class U = float>
 void check_importance(const problem& p, const std::vector<float>& got) {
-  const std::int32_t rows = p.separate_steps ? p.steps : 1;
   double worst = 0.0;
   bool zeros = true, untouched = true;
-  for (std::int32_t g = 0; g < p.groups(); ++g) {
-    for (std::int32_t row = 0; row < rows; ++row) {
-      const std::vector<double> want =
-          expected(p, g, p.separate_steps ? row : 0, p.separate_steps ? row + 1 : p.steps);
-      const float* at = &got[p.cell(g * rows + row, 0)];
-      for (std::int32_t i = 0; i < p.kv_len; ++i) {
-        const double exact = want[static_cast<std::size_t>(i)];
-        zeros = zeros && (at[i] == 0.0f) == (exact == 0.0);
-        if (exact > 0) worst = std::max(worst, std::abs(at[i] - exact) / exact);
-      }
-      for (std::int32_t i = p.kv_len; i < p.capacity; ++i) untouched = untouched && at[i] == -7.0f;
+  for (std::int32_t i = 0; i < p.sequences * p.groups() * p.out_rows(); ++i) {
+    const std::int32_t s = i / (p.groups() * p.out_rows()), g = i / p.out_rows() % p.groups(), r = i % p.out_rows();
+    const std::vector<double> want = expected(p, s, g, p.separate_steps ? r : 0, p.separate_steps ? r + 1 : p.steps);
+    const float* at = &got[p.cell(p.out_row(s, g, r), 0)];
+    for (std::size_t j = 0; j < want.size(); ++j) {
+      zeros = zeros && (at[j] == 0.0f) == (want[j] == 0.0);
+      if (want[j] > 0) worst = std::max(worst, std::abs(at[j] - want[j]) / want[j]);
     }
+    for (std::int32_t j = p.length(s); j < p.capacity; ++j) untouched = untouched && at[j] == -7.0f;
   }
-  CHECK(worst < specattn::importance_error<Backend>);
+  CHECK(worst < specattn::importance_error<Backend> + (std::same_as<U, float> ? 0.0 : 0x1p-11));
   CHECK(zeros);
   CHECK(untouched);
 }
 
-template <class T = float, class Fixture>
+template <class T = float, class U = float, class Fixture>
 void agrees(Fixture& fixture, problem p, std::int32_t split_len = 0) {
-  resident_problem<Fixture, T> resident(fixture, p, split_len);
-  check_importance<typename Fixture::backend>(p, resident.run(fixture));
+  resident_problem<Fixture, T, U> resident(fixture, p, split_len);
+  check_importance<typename Fixture::backend, U>(p, resident.run(fixture));
+}
+
+/// Makes every signal's and every group's share one, as those of an alignment are.
+inline void make_shares(problem& p) {
+  const auto scale = [](float* first, std::ptrdiff_t count) {
+    double sum = 0.0;
+    for (std::ptrdiff_t i = 0; i < count; ++i) sum += first[i];
+    for (std::ptrdiff_t i = 0; sum > 0 && i < count; ++i) first[i] = static_cast<float>(first[i] / sum);
+  };
+  for (std::int32_t row = 0; row < p.rows(); ++row) {
+    scale(&p.weights[p.cell(row, 0)], p.kv_len);
+    if (p.masses[static_cast<std::size_t>(row)] > 0) p.masses[static_cast<std::size_t>(row)] = 1.0f;
+  }
+  for (std::size_t row = 0; row < p.history_counts.size(); ++row) {
+    const std::int32_t count = p.history_counts[row];
+    scale(&p.history_weights[p.cell(static_cast<std::int32_t>(row), 0)],
+          count == specattn::keep_all ? p.kv_len : count);
+  }
+  for (std::size_t g = 0; g + 1 < p.mixture.first.size(); ++g) {
+    float sum = 0.0f;
+    for (std::int32_t t = p.mixture.first[g]; t < p.mixture.first[g + 1]; ++t)
+      sum += p.mixture.terms[static_cast<std::size_t>(t)].coefficient;
+    for (std::int32_t t = p.mixture.first[g]; t < p.mixture.first[g + 1]; ++t)
+      p.mixture.terms[static_cast<std::size_t>(t)].coefficient /= sum;
+  }
 }
 
 TEST_CASE_TEMPLATE("importance: equals the weighted sum of its signals in double precision, at every length", Fixture,
@@ -242,6 +305,21 @@ TEST_CASE_TEMPLATE("importance: recordings of 16 bits, plain or relative to thei
   }
 }
 
+TEST_CASE_TEMPLATE("importance: stored as fp16 it is rounded once more", Fixture, importance_fixture) {
+  using specattn::fp16;
+  Fixture fixture;
+  std::uint32_t seed = 400;
+  for (const shape& sizes : {shape{3, 5, 2, 3, 8, 3}, shape{2, 7, 5, 60, 2, 1}, shape{2, 33, 3, 4, 1, 2}}) {
+    for (const std::int32_t kv_len : {1, 300, 1000}) {
+      problem p = make_problem(kv_len, 2, ++seed, sizes);
+      for (std::int32_t& count : p.history_counts) count = 0;  // rounded before it is added
+      make_shares(p);
+      agrees<float, fp16>(fixture, p);
+      agrees<fp16, fp16>(fixture, p);
+    }
+  }
+}
+
 TEST_CASE_TEMPLATE("importance: without history the other signals stand alone", Fixture, importance_fixture) {
   Fixture fixture;
   problem p = make_problem(500, 2, 8);
@@ -254,12 +332,23 @@ TEST_CASE_TEMPLATE("importance: a length read from memory shortens the prefix, a
   Fixture fixture;
   for (const std::int32_t length : {-3, 0, 1, 130, 299, 300, 5000}) {
     problem p = make_problem(300, 2, 14);
-    for (std::int32_t& count : p.history_counts) count = 0;
-    resident_problem<Fixture, float> resident(fixture, p);
-    const auto on_backend = fixture.upload(std::vector<std::int32_t>{length});
-    resident.args.length = {on_backend.data(), {1}};
-    p.kv_len = std::min(std::max(length, 0), 300);
-    check_importance<typename Fixture::backend>(p, resident.run(fixture));
+    p.lengths = {length};
+    agrees(fixture, p);
+  }
+}
+
+TEST_CASE_TEMPLATE("importance: sequences of a batch have their own lengths, rows and history", Fixture,
+                   importance_fixture) {
+  Fixture fixture;
+  std::uint32_t seed = 300;
+  for (const shape& sizes : {shape{3, 5, 2, 3, 8, 3}, shape{2, 7, 5, 60, 8, 5}, shape{2, 33, 3, 4, 1, 2}}) {
+    for (const std::int32_t steps : {1, 3}) {
+      problem p = make_problem(700, steps, ++seed, sizes);
+      agrees(fixture, p);
+      p.separate_steps = true;
+      for (std::int32_t s = 0; s < p.sequences; ++s) p.lengths.push_back(s == 1 ? 0 : 640 - 257 * (s / 2));
+      agrees<specattn::bf16>(fixture, p, steps == 1 ? 256 : 0);
+    }
   }
 }
 

@@ -45,8 +45,8 @@ TEST_CASE("importance on the device: a captured graph follows lengths that chang
     specattn::detail::check_cuda(
         cudaMemcpy(resident.out.data(), clean.data(), resident.out.bytes(), cudaMemcpyHostToDevice), "test");
     specattn::detail::check_cuda(cudaGraphLaunch(ready, fixture.stream()), "test");
-    p.kv_len = now;
-    check_importance<specattn::cuda>(p, fixture.download(resident.out));
+    p.lengths = {now};
+    check_importance<specattn::cuda>(p, resident.results(fixture));
   }
   cudaGraphExecDestroy(ready);
   cudaGraphDestroy(graph);
@@ -99,7 +99,7 @@ TEST_CASE("importance on the device: a selection from it holds its share of the 
   specattn::select(context, from, rule, lists.view());
   double least = 1.0, most = 0.0;
   for (std::int32_t g = 0; g < p.groups(); ++g) {
-    const std::vector<double> exact = expected(p, g, 0, p.steps);
+    const std::vector<double> exact = expected(p, 0, g, 0, p.steps);
     double mass = 0.0, kept = 0.0;
     for (const double x : exact) mass += x;
     for (std::int32_t i = 0; i < lists.view().counts[g]; ++i)

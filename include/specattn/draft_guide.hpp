@@ -65,7 +65,7 @@ class draft_guide_memory : public idle_guide {
 
   std::size_t workspace_bytes(const context<B>& ctx) const {
     return (std::max)(
-        {importance_workspace_bytes(ctx, mixture_, steps_, max_positions_),
+        {importance_workspace_bytes(ctx, mixture_, steps_, max_positions_, max_sequences_),
          select_workspace_bytes(ctx, std::ptrdiff_t{max_sequences_} * groups_, max_rows_, max_positions_, rule_)});
   }
 
@@ -76,13 +76,13 @@ class draft_guide_memory : public idle_guide {
     if (rule.rows == combine::mean && rows == 1) rule.rows = combine::unite;
     return rule;
   }
-  /// The history of a cache row; none where the mixture has no such signal.
-  attention_history<B> history_of(std::int32_t row) const {
+  /// The history of cache rows `row_of`; none where the mixture has no such signal.
+  attention_history<B> history_of(view<const std::int32_t, 1, B> row_of) const {
     if (history_counts_.empty()) return {};
-    const std::ptrdiff_t cells = std::ptrdiff_t{groups_} * max_positions_;
-    return {{history_weights_.data() + row * cells, {groups_, max_positions_}},
-            {history_positions_.data() + row * cells, {groups_, max_positions_}},
-            {history_counts_.data() + row * groups_, {groups_}}};
+    return {{history_weights_.data(), {max_sequences_, groups_, max_positions_}},
+            {history_positions_.data(), {max_sequences_, groups_, max_positions_}},
+            {history_counts_.data(), {max_sequences_, groups_}},
+            row_of};
   }
 
   selection_rule rule_;
@@ -165,20 +165,20 @@ class draft_guide : public detail::draft_guide_memory<B> {
       lengths_.data()[round.group(g / target_kv_heads_, s, g % target_kv_heads_)] = skip ? 0 : kv_len;
     }
     if (skip) return;
-    const std::int32_t row = round.cache_rows[static_cast<std::size_t>(s)];
+    const view<const std::int32_t, 1, B> row(round.cache_rows.data() + s, {1});
     importance_args<B> args;
     args.draft_weights = sequence_weights(round, s, steps);
     const auto& masses = round.draft_masses;
-    args.masses = {masses.data() + s * masses.stride(2),
-                   {steps, masses.extent(1), masses.extent(3)},
-                   {masses.stride(0), masses.stride(1), masses.stride(3)}};
+    args.masses = {
+        masses.data() + s * masses.stride(2), {steps, masses.extent(1), 1, masses.extent(3)}, masses.strides()};
     args.kv_len = kv_len;
     args.separate_steps = max_rows_ > 1;
     args.history = this->history_of(row);
     const std::ptrdiff_t group_stride = out.stride(0);
-    args.out = {out.data() + s * target_kv_heads_ * group_stride,
-                {target_layers_, target_kv_heads_, args.separate_steps ? steps : 1, out.extent(2)},
-                {round.sequences() * target_kv_heads_ * group_stride, group_stride, out.stride(1), 1}};
+    const std::ptrdiff_t sequence_stride = target_kv_heads_ * group_stride;
+    args.out = {out.data() + s * sequence_stride,
+                {target_layers_, 1, target_kv_heads_, args.separate_steps ? steps : 1, out.extent(2)},
+                {round.sequences() * sequence_stride, sequence_stride, group_stride, out.stride(1), 1}};
     mix_importance(ctx, mixture_, args);
     // A sequence that drafted fewer steps than others leaves its last rows zero: an empty row adds no position.
     for (std::int32_t g = 0; args.separate_steps && g < groups_; ++g) {
@@ -190,12 +190,10 @@ class draft_guide : public detail::draft_guide_memory<B> {
   }
 
   template <storage T>
-  static view<const float, 4, B> sequence_weights(const round_state<T, B>& round, std::int32_t s,
+  static view<const float, 5, B> sequence_weights(const round_state<T, B>& round, std::int32_t s,
                                                   std::int32_t steps) {
     const auto& all = round.draft_weights;
-    return {all.data() + s * all.stride(2),
-            {steps, all.extent(1), all.extent(3), all.extent(4)},
-            {all.stride(0), all.stride(1), all.stride(3), all.stride(4)}};
+    return {all.data() + s * all.stride(2), {steps, all.extent(1), 1, all.extent(3), all.extent(4)}, all.strides()};
   }
 
   template <storage T>

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <utility>
@@ -65,35 +66,47 @@ inline sparse_mixture make_sparse_mixture(const alignment& from, float least = 2
   return mixture;
 }
 
-/// The target's own attention a round ago, a row for each group: counts[g] weights at ascending positions, or, where
-/// counts[g] is keep_all, one for every position. 0 entries: there is none yet.
+/// The target's own attention a round ago, a row for each group: counts(r, g) weights at ascending positions, or, where
+/// that is keep_all, one for every position. 0 entries: there is none yet.
 template <backend B = cpu>
 struct attention_history {
-  view<const float, 2, B> weights;           ///< [groups, capacity] unit mass
-  view<const std::int32_t, 2, B> positions;  ///< [groups, capacity]
-  view<const std::int32_t, 1, B> counts;     ///< [groups]
+  view<const float, 3, B> weights;           ///< [rows, groups, capacity] unit mass
+  view<const std::int32_t, 3, B> positions;  ///< [rows, groups, capacity]
+  view<const std::int32_t, 2, B> counts;     ///< [rows, groups]
+  view<const std::int32_t, 1, B> row_of;     ///< [sequences] the row of each; empty: sequence s has row s
+  SPECATTN_HD std::ptrdiff_t row(std::ptrdiff_t s) const { return row_of.empty() ? s : row_of[s]; }
 };
 
-/// One sequence's signals and where its importance goes. Rows are contiguous; every other stride is free.
+/// Importance is stored in multiples of this. A position's is a share of one, so that fp16 keeps its 11 bits down to
+/// 2^-29, and a row's mass as well as a selection needs it.
+template <storage U>
+inline constexpr float importance_unit = 1.0f;
+template <>
+inline constexpr float importance_unit<fp16> = 0x1p-15f;
+
+/// A batch's signals and where its importance goes. Rows are contiguous; every other stride is free.
 ///
-/// Row (step, layer, head) of `draft_weights` holds the weights over the prefix; rows are scaled to unit mass here, then
-/// averaged over the steps. A recording that keeps 16 bits relative to each split's maximum gives `split_scales`: a
-/// stored weight times its split's scale is the weight.
-template <backend B = cpu, storage T = float>
+/// Row (step, layer, s, head) of `draft_weights` holds the weights over the prefix of sequence s; rows are scaled to unit
+/// mass here, then averaged over the steps. A recording that keeps 16 bits relative to each split's maximum gives
+/// `split_scales`: a stored weight times its split's scale is the weight.
+template <backend B = cpu, storage T = float, storage U = float>
 struct importance_args {
   static_assert(!scaled_storage<T>,
                 "weights have no scale that 8 bits could be multiples of: use float, bf16 or fp16");
-  view<const T, 4, B> draft_weights;      ///< [steps, draft layers, q_heads, capacity]
-  view<const float, 4, B> split_scales;   ///< [steps, draft layers, q_heads, splits]; empty: all are 1
-  std::int32_t split_len = 0;             ///< positions of a split, a multiple of split_unit
-  view<const float, 3, B> masses;         ///< [steps, draft layers, q_heads] what a row's weights sum to
-  attention_history<B> history;           ///< empty: none
-  std::int32_t kv_len = 0;                ///< length of the prefix; where `length` is given, the most it can be
-  view<const std::int32_t, 1, B> length;  ///< [1] the prefix's length, read when the work runs; empty: kv_len
-  bool separate_steps = false;            ///< a row for each step instead of their mean
-  view<float, 4, B> out;                  ///< [target layers, kv_heads, 1 or steps, kv_len or more]
+  static_assert(std::same_as<U, float> || std::same_as<U, fp16>, "importance is stored as float or as fp16");
+  view<const T, 5, B> draft_weights;     ///< [steps, draft layers, sequences, q_heads, capacity]
+  view<const float, 5, B> split_scales;  ///< [steps, draft layers, sequences, q_heads, splits]; empty: all are 1
+  std::int32_t split_len = 0;            ///< positions of a split, a multiple of split_unit
+  view<const float, 4, B> masses;        ///< [steps, draft layers, sequences, q_heads] what a row's weights sum to
+  attention_history<B> history;          ///< empty: none
+  std::int32_t kv_len = 0;               ///< length of the prefixes; where `length` is given, the most they can be
+  view<const std::int32_t, 1, B>
+      length;                   ///< [sequences] the prefixes' lengths, read when the work runs; empty: kv_len
+  bool separate_steps = false;  ///< a row for each step instead of their mean
+  view<U, 5, B> out;            ///< [target layers, sequences, kv_heads, 1 or steps, kv_len or more]
 
   static constexpr std::int32_t split_unit = 256;
+  SPECATTN_HD std::ptrdiff_t sequences() const { return draft_weights.extent(2); }
 };
 
 namespace detail {
@@ -109,38 +122,43 @@ struct uniform_signal {
   SPECATTN_HD std::int32_t first(std::int32_t kv_len) const { return recent ? kv_len - count(kv_len) : 0; }
 };
 
-template <storage T, backend B>
-void check_importance(const resident_mixture<B>& mixture, const importance_args<B, T>& args) {
+template <storage T, backend B, storage U>
+void check_importance(const resident_mixture<B>& mixture, const importance_args<B, T, U>& args) {
   const signal_set& signals = mixture.signals;
   const auto& weights = args.draft_weights;
-  const auto steps = weights.extent(0);
-  expects(weights.extent(1) == signals.draft_layers && weights.extent(2) == signals.draft_q_heads,
-          "importance: weights of ", weights.extent(1), " draft layers × ", weights.extent(2),
+  const auto steps = weights.extent(0), sequences = args.sequences();
+  expects(weights.extent(1) == signals.draft_layers && weights.extent(3) == signals.draft_q_heads,
+          "importance: weights of ", weights.extent(1), " draft layers × ", weights.extent(3),
           " heads, the mixture is over ", signals.draft_layers, " × ", signals.draft_q_heads);
   const auto is_per_row = [&](const auto& numbers) {
     return numbers.extent(0) == steps && numbers.extent(1) == signals.draft_layers &&
-           numbers.extent(2) == signals.draft_q_heads;
+           numbers.extent(2) == sequences && numbers.extent(3) == signals.draft_q_heads;
   };
   expects(steps >= 1 && is_per_row(args.masses), "importance: masses of [", args.masses.extent(0), ", ",
-          args.masses.extent(1), ", ", args.masses.extent(2), "] for weights of ", steps, " steps");
+          args.masses.extent(1), ", ", args.masses.extent(2), ", ", args.masses.extent(3), "] for weights of ", steps,
+          " steps and ", sequences, " sequences");
   if (!args.split_scales.empty()) {
     expects(args.split_len > 0 && args.split_len % args.split_unit == 0, "importance: split_len ", args.split_len,
             " is no multiple of ", args.split_unit);
-    expects(is_per_row(args.split_scales) && args.split_scales.extent(3) * args.split_len >= args.kv_len,
+    expects(is_per_row(args.split_scales) && args.split_scales.extent(4) * args.split_len >= args.kv_len,
             "importance: split_scales of [", args.split_scales.extent(0), ", ", args.split_scales.extent(1), ", ",
-            args.split_scales.extent(2), ", ", args.split_scales.extent(3), "] for ", args.kv_len,
-            " positions in splits of ", args.split_len);
+            args.split_scales.extent(2), ", ", args.split_scales.extent(3), ", ", args.split_scales.extent(4),
+            "] for ", args.kv_len, " positions in splits of ", args.split_len);
   }
-  expects(weights.stride(3) == 1 && args.out.stride(3) == 1, "importance: weights of stride ", weights.stride(3),
-          " and out of stride ", args.out.stride(3), "; rows must be contiguous");
-  expects(weights.extent(3) >= args.kv_len, "importance: rows of ", weights.extent(3), " weights, kv_len ",
+  expects(weights.stride(4) == 1 && args.out.stride(4) == 1, "importance: weights of stride ", weights.stride(4),
+          " and out of stride ", args.out.stride(4), "; rows must be contiguous");
+  expects(weights.extent(4) >= args.kv_len, "importance: rows of ", weights.extent(4), " weights, kv_len ",
           args.kv_len);
+  expects(args.length.empty() || args.length.extent(0) == sequences, "importance: ", args.length.extent(0),
+          " lengths for ", sequences, " sequences");
   const std::ptrdiff_t rows = args.separate_steps ? steps : 1;
-  expects(args.out.extent(1) == mixture.kv_heads && args.out.extent(0) * mixture.kv_heads == mixture.groups() &&
-              args.out.extent(2) == rows && args.out.extent(3) >= args.kv_len,
-          "importance: out is [", args.out.extent(0), ", ", args.out.extent(1), ", ", args.out.extent(2), ", ",
-          args.out.extent(3), "], needed [", mixture.groups() / mixture.kv_heads, ", ", mixture.kv_heads, ", ", rows,
-          ", ", args.kv_len, "]");
+  const auto& out = args.out;
+  expects(out.extent(1) == sequences && out.extent(2) == mixture.kv_heads &&
+              out.extent(0) * mixture.kv_heads == mixture.groups() && out.extent(3) == rows &&
+              out.extent(4) >= args.kv_len,
+          "importance: out is [", out.extent(0), ", ", out.extent(1), ", ", out.extent(2), ", ", out.extent(3), ", ",
+          out.extent(4), "], needed [", mixture.groups() / mixture.kv_heads, ", ", sequences, ", ", mixture.kv_heads,
+          ", ", rows, ", ", args.kv_len, "]");
 }
 }  // namespace detail
 
@@ -152,25 +170,27 @@ inline constexpr double importance_error = 2e-6;
 template <>
 inline constexpr double importance_error<cuda> = 8e-3;
 
-/// Bytes of workspace that mix_importance() takes from the context for `steps` × `kv_len` or anything smaller.
+/// Bytes of workspace that mix_importance() takes from the context for `sequences` × `steps` × `kv_len` or anything
+/// smaller.
 template <backend B>
 std::size_t importance_workspace_bytes(const context<B>& ctx, const resident_mixture<B>& mixture,
-                                       std::ptrdiff_t steps, std::ptrdiff_t kv_len) {
-  return detail::importance_impl<B>::workspace_bytes(ctx, mixture, steps, kv_len);
+                                       std::ptrdiff_t steps, std::ptrdiff_t kv_len, std::ptrdiff_t sequences = 1) {
+  return detail::importance_impl<B>::workspace_bytes(ctx, mixture, steps, kv_len, sequences);
 }
 
-/// Writes the importance of every prefix position for every group of the mixture; nothing behind the prefix's end is
-/// read or written. A group whose signals are all absent (no history yet) is scaled by what is there.
+/// Writes the importance of every prefix position of each sequence for every group of the mixture; nothing behind a
+/// prefix's end is written, and nothing there counts. A group whose signals are all absent (no history yet) is scaled by what is there.
 ///
-/// Values are within importance_error<B> of themselves.
+/// Values are within importance_error<B> of themselves, and fp16's within half a unit of its last place more; those of
+/// twice importance_unit<fp16>'s reciprocal, which no alignment's are, would be cut off there.
 /// select() takes the rows as they are: it relates mass to a row's own sum.
 ///
 /// \throws contract_error for shapes that differ
 /// \cost   reads steps × draft heads × kv_len weights once. cpu: terms × kv_len multiply-adds. cuda: a product of
 ///         groups × draft heads × kv_len on tensor cores, whatever the number of terms
 /// \sync   cpu: done on return. cuda: queued on the context's stream
-template <storage T, backend B>
-void mix_importance(context<B>& ctx, const resident_mixture<B>& mixture, const importance_args<B, T>& args) {
+template <storage T, backend B, storage U>
+void mix_importance(context<B>& ctx, const resident_mixture<B>& mixture, const importance_args<B, T, U>& args) {
   detail::check_importance(mixture, args);
   detail::importance_impl<B>::run(ctx, mixture, args);  // incomplete? include <specattn/specattn.hpp> (cpu)
 }

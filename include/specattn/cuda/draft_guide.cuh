@@ -99,7 +99,7 @@ class draft_guide<cuda> : public detail::draft_guide_memory<cuda> {
     const std::ptrdiff_t steps = max_rows_ > 1 ? round.draft_weights.extent(0) : 1;
     find_lengths(ctx, round);
     const view<float, 3, cuda> out(importance_.data(), {lists, steps, round.max_kv_len});
-    for (std::int32_t s = 0; s < sequences; ++s) weigh(ctx, round, s, out);
+    weigh(ctx, round, out);
     importance<float, cuda> from;
     from.weights = out;
     from.kv_lens = lengths_.shaped({lists});
@@ -135,26 +135,16 @@ class draft_guide<cuda> : public detail::draft_guide_memory<cuda> {
     detail::start_kernel(ctx, detail::group_lengths_kernel, grid, detail::guide_threads, launch, "draft_guide");
   }
 
-  /// The importance of one sequence, whose groups lie sequences * kv_heads apart from layer to layer.
   template <storage T>
-  void weigh(context<cuda>& ctx, const round_state<T, cuda>& round, std::int32_t s, view<float, 3, cuda> out) {
-    const auto& weights = round.draft_weights;
-    const auto& masses = round.draft_masses;
+  void weigh(context<cuda>& ctx, const round_state<T, cuda>& round, view<float, 3, cuda> out) {
     importance_args<cuda> args;
-    args.draft_weights = {weights.data() + s * weights.stride(2),
-                          {weights.extent(0), weights.extent(1), weights.extent(3), weights.extent(4)},
-                          {weights.stride(0), weights.stride(1), weights.stride(3), weights.stride(4)}};
-    args.masses = {masses.data() + s * masses.stride(2),
-                   {masses.extent(0), masses.extent(1), masses.extent(3)},
-                   {masses.stride(0), masses.stride(1), masses.stride(3)}};
-    args.history = history_of(round.cache_rows[static_cast<std::size_t>(s)]);
+    args.draft_weights = round.draft_weights;
+    args.masses = round.draft_masses;
+    args.history = history_of(round.rows);
     args.kv_len = round.max_kv_len;
-    args.length = round.kv_lens.slice(s, 1);
+    args.length = round.kv_lens;
     args.separate_steps = out.extent(1) > 1;
-    const std::ptrdiff_t group_stride = out.stride(0);
-    args.out = {out.data() + s * target_kv_heads_ * group_stride,
-                {target_layers_, target_kv_heads_, out.extent(1), out.extent(2)},
-                {round.sequences() * target_kv_heads_ * group_stride, group_stride, out.stride(1), 1}};
+    args.out = {out.data(), {target_layers_, round.sequences(), target_kv_heads_, out.extent(1), out.extent(2)}};
     mix_importance(ctx, mixture_, args);
   }
 };

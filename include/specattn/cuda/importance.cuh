@@ -1,8 +1,7 @@
-// mix_importance() on the device: two launches for each window of positions.
-//
-// The first scales and averages the draft's rows into bf16 blocks; the second multiplies the mixture's coefficients with
-// them on tensor cores. A window's blocks stay in the L2 cache between the two. Windows, sinks and history, which are no
-// rows of the draft, are added in float where sums are written.
+// mix_importance() on the device: the draft's rows, scaled and averaged, become bf16 blocks, which are multiplied with the
+// mixture's coefficients on tensor cores. Two launches for each window of positions, whose blocks stay in the L2 cache
+// between them; one launch on Hopper where a slab holds all groups and there is one step. Windows, sinks
+// and history, which are no rows of the draft, are added in float where sums are written.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,8 +14,10 @@
 #include "../importance.hpp"
 #include "context.cuh"
 #include "importance_product.cuh"
+#include "importance_rows.cuh"
 #include "importance_signals.cuh"
 #include "importance_stages.cuh"
+#include "importance_write.cuh"
 
 namespace specattn::inline v0_1 {
 
@@ -54,155 +55,124 @@ buffer<T, cuda> to_device(const std::vector<T>& host) {
   return copy;
 }
 
-/// Adds windows and sinks to a thread's sums.
-template <storage T>
-__device__ __forceinline__ void add_uniform(const importance_launch<T>& launch, std::int32_t begin,
-                                            std::int32_t first_group, importance_sums& sums) {
-  const std::int32_t kv_len = launch.kv_len();
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-  for (std::int32_t u = 0; u < launch.uniforms; ++u) {
-    const uniform_signal signal{launch.uniform_len[u], u < launch.windows};
-    const std::int32_t count = signal.count(kv_len), first = signal.first(kv_len);
-    if (first >= begin + importance_tile || first + count <= begin) continue;
-    const std::int32_t offset = begin + lane % 4 * 2 - first;
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        const std::int32_t group = first_group + importance_sums::row(warp, lane, i, h);
-        if (group >= launch.groups) continue;
-        const float each = launch.uniform[std::ptrdiff_t{group} * launch.uniforms + u] / static_cast<float>(count);
-#pragma unroll
-        for (int j = 0; j < importance_tile / 8; ++j) {
-#pragma unroll
-          for (int c = 0; c < 2; ++c) {
-            if (static_cast<std::uint32_t>(offset + j * 8 + c) < static_cast<std::uint32_t>(count))
-              sums.at[i][j * 4 + h * 2 + c] += each;
-          }
-        }
-      }
-    }
-  }
-}
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-template <storage T>
-__device__ __forceinline__ void write_sums(const importance_launch<T>& launch, std::int32_t begin,
-                                           std::int32_t first_group, const importance_sums& sums) {
-  const std::int32_t left = launch.kv_len() - begin;
-  const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const std::int32_t group = first_group + importance_sums::row(warp, lane, i, h);
-      if (group >= launch.groups) continue;
-      float* out = &launch.args.out(group / launch.kv_heads, group % launch.kv_heads, launch.row, begin);
-#pragma unroll
-      for (int j = 0; j < importance_tile / 8; ++j) {
-        const int at = j * 8 + lane % 4 * 2;
-        const float2 pair{sums.at[i][j * 4 + h * 2], sums.at[i][j * 4 + h * 2 + 1]};
-        if (launch.wide_writes && at + 1 < left) {
-          *reinterpret_cast<float2*>(out + at) = pair;
-        } else {
-          if (at < left) out[at] = pair.x;
-          if (at + 1 < left) out[at + 1] = pair.y;
-        }
-      }
-    }
-  }
-}
-
-/// Adds the target's own weights of the round before to rows already written. blockIdx.x: a group; y: its share.
-template <storage T>
-__global__ void __launch_bounds__(importance_threads)
-    add_history_kernel(const __grid_constant__ importance_launch<T> launch) {
-  constexpr int ahead = 4;  // entries of a thread in flight
-  const auto group = static_cast<std::int32_t>(blockIdx.x);
-  const float coefficient = launch.history[group];
-  if (coefficient == 0.0f) return;
-  const auto& history = launch.args.history;
-  const std::int32_t kv_len = launch.kv_len();
-  const std::int32_t count = history.counts[group];
-  const std::int32_t entries = count == keep_all ? kv_len : count;
-  float* out = &launch.args.out(group / launch.kv_heads, group % launch.kv_heads, launch.row, 0);
-  const auto apart = static_cast<std::int32_t>(gridDim.y * blockDim.x);
-  for (auto first = static_cast<std::int32_t>(blockIdx.y * blockDim.x + threadIdx.x); first < entries;
-       first += apart * ahead) {
-    std::int32_t positions[ahead];
-    float values[ahead] = {};
-#pragma unroll
-    for (int i = 0; i < ahead; ++i) {
-      const std::int32_t at = first + i * apart;
-      positions[i] = kv_len;
-      if (at >= entries) continue;
-      positions[i] = count == keep_all ? at : history.positions(group, at);
-      values[i] = history.weights(group, at);
-    }
-#pragma unroll
-    for (int i = 0; i < ahead; ++i) {
-      if (positions[i] < kv_len) values[i] = fmaf(coefficient, values[i], out[positions[i]]);
-    }
-#pragma unroll
-    for (int i = 0; i < ahead; ++i) {
-      if (positions[i] < kv_len) out[positions[i]] = values[i];
-    }
-  }
-}
-
-/// A CTA takes items (a slab of groups × a tile of positions), gridDim.x apart; neighbours have the same tile.
-template <storage T>
-__global__ void __launch_bounds__(importance_threads, 1)
-    mix_signals_kernel(const __grid_constant__ importance_launch<T> launch) {
-  extern __shared__ __align__(1024) std::byte importance_memory[];
-  const std::int32_t items = launch.tiles() * launch.slabs;
-  const auto first_item = static_cast<std::int32_t>(blockIdx.x), apart = static_cast<std::int32_t>(gridDim.x);
-  if (first_item >= items) return;
-  const auto source_of = [&](std::int32_t n) -> stage_source {
-    const std::int32_t item = first_item + n / launch.chunks * apart, chunk = n % launch.chunks;
-    if (item >= items) return {};
-    const std::ptrdiff_t slab = item % launch.slabs, tile = item / launch.slabs;
-    return {launch.coefficients + (slab * launch.chunks + chunk) * coefficient_block_bytes,
-            launch.signals + (tile * launch.chunks + chunk) * signal_block_bytes};
-  };
-  const importance_pipeline pipeline(importance_memory, source_of);
-  const auto done_with = [&](std::int32_t n) {
-    pipeline.release(n);
-    pipeline.refill(n, source_of);
-  };
+/// Multiplies what others put into the ring, for all of the CTA's items.
+template <storage T, storage U, class Ring>
+__device__ __forceinline__ void multiply_items(const importance_launch<T, U>& launch, const Ring& ring) {
   importance_sums sums;
   std::int32_t n = 0;
-  for (std::int32_t item = first_item; item < items; item += apart) {
+  for (item_walk<importance_launch<T, U>> item(launch); item.more(); item.next()) {
+    sums.clear();
+    for (std::int32_t chunk = 0; chunk < launch.chunks; ++chunk, ++n) {
+      multiply(sums, ring.wait(n));
+      settle<products_in_flight>(sums);
+      if (chunk >= products_in_flight) ring.release(n - products_in_flight);
+    }
+    settle<0>(sums);
+    if (products_in_flight > 0) ring.release(n - 1);
+    finish(launch, item.place(), item.slab(), sums);
+  }
+}
+
+/// Fills the ring with blocks of signals. For one thread.
+template <storage T, storage U, class Ring>
+__device__ __forceinline__ void copy_blocks(const importance_launch<T, U>& launch, const Ring& ring) {
+  std::int32_t n = 0;
+  for (item_walk<importance_launch<T, U>> item(launch); item.more(); item.next()) {
+    const std::byte* coefficients =
+        launch.coefficients + std::ptrdiff_t{item.slab()} * launch.chunks * coefficient_block_bytes;
+    const std::byte* signals = launch.signals + std::ptrdiff_t{item.tile()} * launch.chunks * signal_block_bytes;
+    for (std::int32_t chunk = 0; chunk < launch.chunks; ++chunk, ++n) {
+      ring.await_room(n);
+      ring.fetch_coefficients(n, coefficients + std::ptrdiff_t{chunk} * coefficient_block_bytes, signal_block_bytes);
+      ring.filled(n).copy(ring.stage(n) + coefficient_block_bytes,
+                          signals + std::ptrdiff_t{chunk} * signal_block_bytes, signal_block_bytes);
+    }
+  }
+}
+
+#endif
+
+/// Products of blocks that combine_steps_kernel has made.
+template <storage T, storage U>
+__global__ void __launch_bounds__(importance_threads + importance_copiers, 1)
+    mix_signals_kernel(const __grid_constant__ importance_launch<T, U> launch) {
+  extern __shared__ __align__(1024) std::byte importance_memory[];
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  const stage_ring<importance_stages, 1> ring(importance_memory);
+  if (threadIdx.x < importance_threads) {
+    multiply_items(launch, ring);
+  } else if (threadIdx.x == importance_threads) {
+    copy_blocks(launch, ring);
+  }
+  __syncwarp();
+  wait_for_cluster();
+#else
+  item_walk<importance_launch<T, U>> next(launch);
+  std::int32_t next_chunk = 0;
+  const auto next_source = [&]() -> stage_source {
+    if (!next.more()) return {};
+    const std::ptrdiff_t slab = next.slab(), tile = next.tile();
+    const stage_source source{launch.coefficients + (slab * launch.chunks + next_chunk) * coefficient_block_bytes,
+                              launch.signals + (tile * launch.chunks + next_chunk) * signal_block_bytes};
+    if (++next_chunk == launch.chunks) {
+      next_chunk = 0;
+      next.next();
+    }
+    return source;
+  };
+  const importance_pipeline pipeline(importance_memory, next_source);
+  importance_sums sums;
+  std::int32_t n = 0;
+  for (item_walk<importance_launch<T, U>> item(launch); item.more(); item.next()) {
     sums.clear();
     for (std::int32_t chunk = 0; chunk < launch.chunks; ++chunk, ++n) {
       multiply(sums, pipeline.wait(n));
-      settle<products_in_flight>(sums);
-      if (chunk >= products_in_flight) done_with(n - products_in_flight);
+      pipeline.release(n);
+      pipeline.refill(n, next_source);
     }
-    settle<0>(sums);
-    if (products_in_flight > 0) done_with(n - 1);
-    const std::int32_t begin = launch.begin + item / launch.slabs * importance_tile;
-    const std::int32_t first_group = item % launch.slabs * importance_slab;
-    add_uniform(launch, begin, first_group, sums);
-    write_sums(launch, begin, first_group, sums);
+    finish(launch, item.place(), item.slab(), sums);
   }
+#endif
+}
+
+/// The same for a single slab of groups, straight from the draft's rows. For Hopper and later.
+template <storage T, storage U>
+__global__ void __launch_bounds__(importance_threads + row_producers, 1)
+    mix_rows_kernel(const __grid_constant__ importance_launch<T, U> launch) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  extern __shared__ __align__(1024) std::byte importance_memory[];
+  const row_ring ring(importance_memory);
+  if (threadIdx.x < importance_threads) {
+    multiply_items(launch, ring);
+  } else {
+    row_producer<T, U>(launch, importance_memory, ring).run();
+  }
+  wait_for_cluster();
+#endif
 }
 
 template <>
 struct importance_impl<cuda> {
-  static constexpr std::int32_t window = 32768;  // positions; TinyLlama's signals over them are 46 MB
+  static constexpr std::int32_t window = 256;  // tiles; TinyLlama's signals over them are 46 MB
 
-  static std::size_t workspace_bytes(const context<cuda>&, const resident_mixture<cuda>& mixture, std::ptrdiff_t,
-                                     std::ptrdiff_t kv_len) {
-    const std::ptrdiff_t tiles = ((std::min)(kv_len, std::ptrdiff_t{window}) + importance_tile - 1) / importance_tile;
+  static std::size_t workspace_bytes(const context<cuda>& ctx, const resident_mixture<cuda>& mixture,
+                                     std::ptrdiff_t steps, std::ptrdiff_t kv_len, std::ptrdiff_t sequences) {
+    if (is_straight(ctx, mixture, steps)) return 0;
+    const std::ptrdiff_t tiles = (std::min)(sequences * tiles_of(kv_len), std::ptrdiff_t{window});
     return static_cast<std::size_t>(tiles * mixture.chunks_) * signal_block_bytes;
   }
 
-  template <storage T>
-  static void run(context<cuda>& ctx, const resident_mixture<cuda>& mixture, const importance_args<cuda, T>& args) {
-    if (args.kv_len <= 0 || mixture.groups_ == 0) return;
-    importance_launch<T> launch{};
+  template <storage T, storage U>
+  static void run(context<cuda>& ctx, const resident_mixture<cuda>& mixture,
+                  const importance_args<cuda, T, U>& args) {
+    if (args.kv_len <= 0 || mixture.groups_ == 0 || args.sequences() == 0) return;
+    importance_launch<T, U> launch{};
     launch.args = args;
-    launch.signals = ctx.workspace(workspace_bytes(ctx, mixture, 0, args.kv_len), "importance");
+    const std::ptrdiff_t steps = args.separate_steps ? 1 : args.draft_weights.extent(0);
+    const bool straight = is_straight(ctx, mixture, steps);
+    launch.signals = ctx.workspace(workspace_bytes(ctx, mixture, steps, args.kv_len, args.sequences()), "importance");
     launch.coefficients = reinterpret_cast<const std::byte*>(mixture.packed_.data());
     launch.uniform = mixture.uniform_.data();
     launch.uniform_len = mixture.uniform_len_.data();
@@ -213,54 +183,86 @@ struct importance_impl<cuda> {
     launch.kv_heads = mixture.kv_heads;
     launch.chunks = mixture.chunks_;
     launch.slabs = mixture.slabs_;
-    launch.window = window;
+    launch.tiles = static_cast<std::int32_t>(tiles_of(args.kv_len));
     launch.wide_reads = aligned(args.draft_weights, 16);
-    launch.wide_writes = aligned(args.out, 8);
-    for (launch.row = 0; launch.row < args.out.extent(2); ++launch.row) {
-      for (launch.begin = 0; launch.begin < args.kv_len; launch.begin += window) mix_window(ctx, launch);
-      if (launch.history != nullptr)
-        start(ctx, add_history_kernel<T>, dim3(static_cast<unsigned>(launch.groups), 4), 0, launch);
+    launch.wide_writes = aligned(args.out, 4 * sizeof(U));
+    const auto sequences = static_cast<std::int32_t>(args.sequences());
+    const std::int32_t tiles = sequences * launch.tiles, at_once = straight ? tiles : window;
+    for (launch.row = 0; launch.row < args.out.extent(3); ++launch.row) {
+      for (launch.begin = 0; launch.begin < tiles; launch.begin = launch.end) {
+        launch.end = (std::min)(launch.begin + at_once, tiles);
+        straight ? mix_rows(ctx, launch) : mix_window(ctx, launch);
+      }
+      if (launch.history == nullptr) continue;
+      const dim3 shares(static_cast<unsigned>(launch.groups), 4, static_cast<unsigned>(sequences));
+      start(ctx, add_history_kernel<T, U>, shares, importance_threads, 0, launch);
     }
   }
 
  private:
+  /// Of a sequence, rounded up to what a cluster takes.
+  static std::ptrdiff_t tiles_of(std::ptrdiff_t kv_len) {
+    return (kv_len + 2 * importance_tile - 1) / (2 * importance_tile) * 2;
+  }
+
   /// Whether every row starts at a multiple of `bytes`.
   template <class T>
-  static bool aligned(const view<T, 4, cuda>& rows, std::uintptr_t bytes) {
+  static bool aligned(const view<T, 5, cuda>& rows, std::uintptr_t bytes) {
     auto together = reinterpret_cast<std::uintptr_t>(rows.data());
-    for (int d = 0; d < 3; ++d) together |= static_cast<std::uintptr_t>(rows.stride(d)) * sizeof(T);
+    for (int d = 0; d < 4; ++d) together |= static_cast<std::uintptr_t>(rows.stride(d)) * sizeof(T);
     return together % bytes == 0;
   }
 
-  /// Grids are for the most positions there can be; how many there are is read on the device.
-  template <storage T>
-  static void mix_window(context<cuda>& ctx, const importance_launch<T>& launch) {
-    const std::int32_t positions = (std::min)(launch.args.kv_len - launch.begin, window);
-    const std::int32_t tiles = (positions + importance_tile - 1) / importance_tile;
-    const dim3 parts(static_cast<unsigned>(tiles), static_cast<unsigned>(launch.chunks * (importance_chunk / 16)));
-    start(ctx, combine_steps_kernel<T>, parts, 0, launch);
-    const int shared_bytes = importance_shared_bytes(stages(mix_signals_kernel<T>));
-    check_cuda(cudaFuncSetAttribute(mix_signals_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-               "importance");
-    const dim3 ctas(static_cast<unsigned>((std::min)(tiles * launch.slabs, ctx.multiprocessors())));
-    start(ctx, mix_signals_kernel<T>, ctas, shared_bytes, launch);
+  static bool is_hopper(const context<cuda>& ctx) { return ctx.code_major() >= 9; }
+  /// Whether one launch is faster.
+  static bool is_straight(const context<cuda>& ctx, const resident_mixture<cuda>& mixture, std::ptrdiff_t steps) {
+    return is_hopper(ctx) && mixture.slabs_ == 1 && steps == 1;
   }
 
-  /// Of the code that runs: code for older devices may be running on a new one.
-  template <class Kernel>
-  static int stages(Kernel kernel) {
-    cudaFuncAttributes compiled{};
-    check_cuda(cudaFuncGetAttributes(&compiled, kernel), "importance");
-    return compiled.ptxVersion >= 90 ? importance_stages : importance_stages_before_hopper;
+  /// Grids are for the most positions there can be; how many there are is read on the device.
+  template <storage T, storage U>
+  static void mix_window(context<cuda>& ctx, const importance_launch<T, U>& launch) {
+    const std::int32_t tiles = launch.end - launch.begin;
+    const dim3 heads(
+        static_cast<unsigned>(tiles),
+        static_cast<unsigned>(launch.chunks * importance_chunk * weight_piece<T>::across / importance_threads));
+    start(ctx, combine_steps_kernel<T, U>, heads, importance_threads, 0, launch);
+    if (is_hopper(ctx)) {
+      start_persistent(ctx, mix_signals_kernel<T, U>, importance_threads + importance_copiers,
+                       stage_ring_bytes(importance_stages), importance_cluster, launch);
+    } else {
+      start_persistent(ctx, mix_signals_kernel<T, U>, importance_threads,
+                       importance_stages_before_hopper * importance_stage_bytes, 1, launch);
+    }
+  }
+  template <storage T, storage U>
+  static void mix_rows(context<cuda>& ctx, const importance_launch<T, U>& launch) {
+    start_persistent(ctx, mix_rows_kernel<T, U>, importance_threads + row_producers, row_shared_bytes,
+                     importance_cluster, launch);
   }
 
   template <class Launch>
-  static void start(context<cuda>& ctx, void (*kernel)(Launch), dim3 grid, int shared_bytes, const Launch& launch) {
+  static void start_persistent(context<cuda>& ctx, void (*kernel)(Launch), int threads, int shared_bytes, int cluster,
+                               const Launch& launch) {
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "importance");
+    const std::int32_t items = (launch.end - launch.begin) * launch.slabs;
+    const std::int32_t ctas = (std::min)(items, ctx.multiprocessors() / cluster * cluster);
+    start(ctx, kernel, dim3(static_cast<unsigned>(ctas)), threads, shared_bytes, launch, cluster);
+  }
+
+  template <class Launch>
+  static void start(context<cuda>& ctx, void (*kernel)(Launch), dim3 grid, int threads, int shared_bytes,
+                    const Launch& launch, int cluster = 1) {
+    cudaLaunchAttribute together{};
+    together.id = cudaLaunchAttributeClusterDimension;
+    together.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
     cudaLaunchConfig_t config{};
     config.gridDim = grid;
-    config.blockDim = dim3(importance_threads);
+    config.blockDim = dim3(static_cast<unsigned>(threads));
     config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
     config.stream = ctx.stream();
+    config.attrs = &together;
+    config.numAttrs = cluster > 1 ? 1 : 0;
     check_cuda(cudaLaunchKernelEx(&config, kernel, launch), "importance");
   }
 };
@@ -270,10 +272,10 @@ struct importance_impl<cuda> {
 inline resident_mixture<cuda>::resident_mixture(const sparse_mixture& from)
     : kv_heads(from.kv_heads), signals(from.signals), groups_(from.groups()) {
   using namespace detail;  // NOLINT(google-build-using-namespace)
-  const std::int32_t heads = signals.draft_heads();
+  const std::int32_t heads = signals.draft_heads(), eights = head_eights(signals.draft_q_heads);
   const auto uniforms = static_cast<std::int32_t>(signals.windows.size()) + (signals.sinks > 0 ? 1 : 0);
   slabs_ = (groups_ + importance_slab - 1) / importance_slab;
-  chunks_ = (heads + importance_chunk - 1) / importance_chunk;
+  chunks_ = (signals.draft_layers * eights * 8 + importance_chunk - 1) / importance_chunk;
   std::vector<std::uint16_t> packed(static_cast<std::size_t>(slabs_ * chunks_) * (coefficient_block_bytes / 2));
   std::vector<float> uniform(static_cast<std::size_t>(groups_) * static_cast<std::size_t>(uniforms));
   std::vector<float> history(static_cast<std::size_t>(groups_));
@@ -282,10 +284,11 @@ inline resident_mixture<cuda>::resident_mixture(const sparse_mixture& from)
          ++t) {
       const auto [signal, coefficient] = from.terms[static_cast<std::size_t>(t)];
       if (signal < heads) {
-        const std::ptrdiff_t block = g / importance_slab * chunks_ + signal / importance_chunk;
-        const std::ptrdiff_t at =
-            block * coefficient_block_bytes + packed_coefficients(g % importance_slab, signal % importance_chunk / 8);
-        packed[static_cast<std::size_t>(at / 2 + signal % 8)] = from_float<bf16>(coefficient).bits;
+        const std::int32_t at = signal / signals.draft_q_heads * eights * 8 + signal % signals.draft_q_heads;
+        const std::ptrdiff_t block = g / importance_slab * chunks_ + at / importance_chunk;
+        const std::ptrdiff_t octet =
+            block * coefficient_block_bytes + packed_coefficients(g % importance_slab, at % importance_chunk / 8);
+        packed[static_cast<std::size_t>(octet / 2 + at % 8)] = from_float<bf16>(coefficient).bits;
       } else if (signal < heads + uniforms) {
         uniform[static_cast<std::size_t>(std::ptrdiff_t{g} * uniforms + signal - heads)] = coefficient;
       } else {

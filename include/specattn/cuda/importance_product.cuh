@@ -13,6 +13,7 @@
 
 namespace specattn::inline v0_1::detail {
 
+inline constexpr int importance_threads = 256;                                          // that multiply
 inline constexpr int importance_slab = 256;                                             // groups of a CTA
 inline constexpr int importance_tile = 128;                                             // positions of a CTA
 inline constexpr int importance_chunk = 64;                                             // signals of a stage
@@ -20,6 +21,14 @@ inline constexpr int importance_depth = 16;                                     
 inline constexpr int coefficient_block_bytes = importance_slab * importance_chunk * 2;  // bf16
 inline constexpr int signal_block_bytes = importance_chunk * importance_tile * 2;
 inline constexpr int importance_stage_bytes = coefficient_block_bytes + signal_block_bytes;  // in this order
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+inline constexpr int importance_cluster = 1;
+inline constexpr int importance_copiers = 0;
+#else
+inline constexpr int importance_cluster = 2;   // CTAs that fetch their coefficients together
+inline constexpr int importance_copiers = 32;  // threads behind those that multiply
+#endif
 
 /// Byte offset of eight signals (`octet` of 8) of a group in its block: matrices of 8 × 8, eight groups' rows side by
 /// side, all of an octet's before the next octet's.
@@ -33,6 +42,11 @@ SPECATTN_HD inline std::uint32_t packed_signals(int signal, int octet) {
   const int half = octet / 8;
   return static_cast<std::uint32_t>(half * (importance_chunk * 128) + signal * 128 + (octet % 8 ^ signal % 8) * 16);
 }
+
+inline constexpr int packed_eight_bytes = 8 * 128;  ///< from one eight of signals to the next, in either half
+
+/// Signals are the draft's heads in eights, of which none spans two layers.
+SPECATTN_HD inline std::int32_t head_eights(std::int32_t q_heads) { return (q_heads + 7) / 8; }
 
 /// A thread's sums: at[i][4 j + 2 h + c] is group row(…, i, h) of the slab at position 8 j + 2 (lane % 4) + c.
 struct importance_sums {

@@ -1,20 +1,133 @@
-// What the product needs next, on its way into shared memory: two bulk copies a stage on Hopper, a copy by all threads
-// elsewhere.
+// What the product needs next, on its way into shared memory: on Hopper put there by threads behind those that multiply,
+// each CTA of a cluster fetching half of the coefficients for both; elsewhere by a copy of all threads.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "../config.hpp"
 #include "importance_product.cuh"
-#include "importance_signals.cuh"
 #include "mma.cuh"
 
 namespace specattn::inline v0_1::detail {
 
-inline constexpr int importance_stages = 4;  // before Hopper 2: what every such device has room for
-inline constexpr int importance_stages_before_hopper = 2;
-/// The stages, and two barriers for each.
-constexpr int importance_shared_bytes(int stages) { return stages * (importance_stage_bytes + 16); }
+inline constexpr int importance_stages = 4;
+inline constexpr int importance_stages_before_hopper = 2;  // what every such device has room for
+
+/// Of Hopper: stages, and two barriers for each.
+SPECATTN_HD constexpr int stage_ring_bytes(int stages) { return stages * (importance_stage_bytes + 16); }
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+/// A barrier in shared memory, by its address there.
+class stage_barrier {
+ public:
+  __device__ explicit stage_barrier(std::uint32_t address) : address_(address) {}
+  __device__ void init(int arrivals) const {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address_), "r"(arrivals) : "memory");
+  }
+  __device__ __forceinline__ void arrive() const {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(address_) : "memory");
+  }
+  /// At the same barrier of a CTA of the cluster.
+  __device__ __forceinline__ void arrive_at(std::uint32_t cta) const {
+    asm volatile(
+        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(address_),
+        "r"(cta)
+        : "memory");
+  }
+  /// Arrives, and has the phase wait for `bytes` that copies will bring.
+  __device__ __forceinline__ void arrive_expecting(int bytes) const {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address_), "r"(bytes) : "memory");
+  }
+  /// To shared address `to`, in the background; the phase completes behind it.
+  __device__ __forceinline__ void copy(std::uint32_t to, const std::byte* from, int bytes) const {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(address_)
+                 : "memory");
+  }
+  /// The same to every CTA of the cluster, each of whose barriers is told.
+  __device__ __forceinline__ void copy_to_all(std::uint32_t to, const std::byte* from, int bytes) const {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
+        "%4;" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(address_), "h"(static_cast<std::uint16_t>((1 << importance_cluster) - 1))
+        : "memory");
+  }
+  /// Until the turn-th phase has completed.
+  __device__ __forceinline__ void wait(std::int32_t turn) const {
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}" ::
+            "r"(address_),
+        "r"(turn % 2)
+        : "memory");
+  }
+
+ private:
+  std::uint32_t address_;
+};
+
+/// Makes barriers just initialised, or ordinary writes to shared memory, visible to copies and to wgmma.
+__device__ __forceinline__ void fence_shared_memory() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void wait_for_cluster() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+/// Stages in shared memory, numbered in the order of their use, and two barriers for each. `Writers` arrivals fill one;
+/// every CTA of a cluster uses as many. No CTA may end before all others have: wait_for_cluster().
+template <int Stages, int Writers>
+class stage_ring {
+ public:
+  __device__ explicit stage_ring(std::byte* memory) : stages_(shared_address(memory)) {
+    if (threadIdx.x == 0) {
+      for (int n = 0; n < Stages; ++n) {
+        filled(n).init(Writers);
+        emptied(n).init(importance_cluster * importance_threads / 32);
+      }
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      fence_shared_memory();
+    }
+    wait_for_cluster();
+  }
+  __device__ std::uint32_t stage(std::int32_t n) const {
+    return stages_ + static_cast<std::uint32_t>(n % Stages * importance_stage_bytes);
+  }
+  __device__ stage_barrier filled(std::int32_t n) const {
+    return stage_barrier(stages_ + static_cast<std::uint32_t>(Stages * importance_stage_bytes + n % Stages * 16));
+  }
+  __device__ stage_barrier emptied(std::int32_t n) const {
+    return stage_barrier(stages_ + static_cast<std::uint32_t>(Stages * importance_stage_bytes + n % Stages * 16 + 8));
+  }
+  /// The shared address of stage n, once it is there.
+  __device__ __forceinline__ std::uint32_t wait(std::int32_t n) const {
+    filled(n).wait(n / Stages);
+    return stage(n);
+  }
+  /// This warp has done with stage n.
+  __device__ __forceinline__ void release(std::int32_t n) const {
+    __syncwarp();
+    if (threadIdx.x % 32 < importance_cluster) emptied(n).arrive_at(threadIdx.x % 32);
+  }
+  /// Until every warp of the cluster has done with what stage n takes the place of.
+  __device__ __forceinline__ void await_room(std::int32_t n) const {
+    if (n >= Stages) emptied(n).wait(n / Stages - 1);
+  }
+  /// Asks for this CTA's part of the coefficients of stage n, which has room, and has it wait for all of them and for
+  /// `more` bytes. For one thread.
+  __device__ __forceinline__ void fetch_coefficients(std::int32_t n, const std::byte* block, int more) const {
+    constexpr int part = coefficient_block_bytes / importance_cluster;
+    const int at = static_cast<int>(blockIdx.x) % importance_cluster * part;
+    filled(n).arrive_expecting(coefficient_block_bytes + more);
+    filled(n).copy_to_all(stage(n) + static_cast<std::uint32_t>(at), block + at, part);
+  }
+
+ private:
+  std::uint32_t stages_;
+};
+
+#else
 
 /// The two blocks of a stage; nullptr: there is no such stage.
 struct stage_source {
@@ -22,88 +135,12 @@ struct stage_source {
   const std::byte* signals = nullptr;
 };
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-
-/// Stages are numbered in the order of their use: for n = 0, 1, … wait(n), the product, release(n), refill(n).
+/// Stages that all threads fill: for n = 0, 1, … wait(n), the product, release(n), refill(n).
 class importance_pipeline {
  public:
-  /// \param source_of  stage_source of stage n
-  template <class SourceOf>
-  __device__ importance_pipeline(std::byte* memory, SourceOf source_of) : stages_(shared_address(memory)) {
-    if (threadIdx.x == 0) {
-      for (int s = 0; s < importance_stages; ++s) {
-        asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(filled(s)) : "memory");
-        asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(emptied(s)), "n"(importance_threads / 32) : "memory");
-      }
-      asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-    }
-    __syncthreads();
-    for (int s = 0; s < importance_stages; ++s) copy(s, source_of(s));
-  }
-
-  /// The shared address of stage n, once it is there.
-  __device__ __forceinline__ std::uint32_t wait(std::int32_t n) const {
-    block(filled(n % importance_stages), n / importance_stages);
-    return stage(n % importance_stages);
-  }
-  /// This warp has done with stage n.
-  __device__ __forceinline__ void release(std::int32_t n) const {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) {
-      asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(emptied(n % importance_stages)) : "memory");
-    }
-  }
-  /// Once every warp has done with stage n, asks for the one that takes its place.
-  template <class SourceOf>
-  __device__ __forceinline__ void refill(std::int32_t n, SourceOf source_of) const {
-    if (threadIdx.x != 0) return;
-    const stage_source from = source_of(n + importance_stages);
-    if (from.signals == nullptr) return;
-    block(emptied(n % importance_stages), n / importance_stages);
-    copy(n % importance_stages, from);
-  }
-
- private:
-  __device__ std::uint32_t stage(int s) const {
-    return stages_ + static_cast<std::uint32_t>(s * importance_stage_bytes);
-  }
-  __device__ std::uint32_t filled(int s) const {
-    return stage(importance_stages) + static_cast<std::uint32_t>(s * 16);
-  }
-  __device__ std::uint32_t emptied(int s) const { return filled(s) + 8; }
-
-  __device__ __forceinline__ void copy(int s, const stage_source& from) const {
-    if (threadIdx.x != 0 || from.signals == nullptr) return;
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(filled(s)), "n"(importance_stage_bytes)
-                 : "memory");
-    bulk_copy(stage(s), from.coefficients, coefficient_block_bytes, filled(s));
-    bulk_copy(stage(s) + coefficient_block_bytes, from.signals, signal_block_bytes, filled(s));
-  }
-  __device__ __forceinline__ static void bulk_copy(std::uint32_t to, const std::byte* from, int bytes,
-                                                   std::uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(barrier)
-                 : "memory");
-  }
-  /// Until the barrier has completed its turn-th phase.
-  __device__ __forceinline__ static void block(std::uint32_t barrier, std::int32_t turn) {
-    asm volatile(
-        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}" ::
-            "r"(barrier),
-        "r"(turn % 2)
-        : "memory");
-  }
-
-  std::uint32_t stages_;
-};
-
-#else
-
-class importance_pipeline {
- public:
-  template <class SourceOf>
-  __device__ importance_pipeline(std::byte* memory, SourceOf source_of) : stages_(shared_address(memory)) {
-    for (int s = 0; s < stages; ++s) copy(s, source_of(s));
+  template <class NextSource>
+  __device__ importance_pipeline(std::byte* memory, NextSource& next_source) : stages_(shared_address(memory)) {
+    for (int s = 0; s < stages; ++s) copy(s, next_source());
   }
   __device__ __forceinline__ std::uint32_t wait(std::int32_t n) const {
     await_copies<stages - 1>();
@@ -111,9 +148,9 @@ class importance_pipeline {
     return stage(n % stages);
   }
   __device__ __forceinline__ void release(std::int32_t) const { __syncthreads(); }
-  template <class SourceOf>
-  __device__ __forceinline__ void refill(std::int32_t n, SourceOf source_of) const {
-    copy(n % stages, source_of(n + stages));
+  template <class NextSource>
+  __device__ __forceinline__ void refill(std::int32_t n, NextSource& next_source) const {
+    copy(n % stages, next_source());
   }
 
  private:
