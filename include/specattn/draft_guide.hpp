@@ -2,8 +2,10 @@
 #pragma once
 
 #include <algorithm>
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 
 #include "alignment.hpp"
@@ -21,6 +23,8 @@ template <backend B>
 class draft_guide_memory : public idle_guide {
  public:
   using backend_type = B;
+  /// Where importance goes through memory, half of the bytes are half of the time.
+  using importance_type = std::conditional_t<std::same_as<B, cuda>, fp16, float>;
 
   draft_guide_memory() = default;
   draft_guide_memory(const alignment& from, const selection_rule& rule) : rule_(rule) {
@@ -52,7 +56,7 @@ class draft_guide_memory : public idle_guide {
     groups_ = target_layers_ * target_kv_heads_;
     max_sequences_ = setup.max_sequences;
     const auto cells = static_cast<std::size_t>(groups_) * static_cast<std::size_t>(max_positions_);
-    importance_ = buffer<float, B>(static_cast<std::size_t>(max_sequences_ * max_rows_) * cells);
+    importance_ = buffer<importance_type, B>(static_cast<std::size_t>(max_sequences_ * max_rows_) * cells);
     lengths_ = buffer<std::int32_t, B>(static_cast<std::size_t>(max_sequences_ * groups_));
     if (signals.history) {
       history_weights_ = buffer<float, B>(static_cast<std::size_t>(max_sequences_) * cells);
@@ -94,7 +98,7 @@ class draft_guide_memory : public idle_guide {
   std::int32_t max_positions_ = 0;
   std::int32_t max_rows_ = 1;
   std::int32_t steps_ = 0;
-  buffer<float, B> importance_;
+  buffer<importance_type, B> importance_;
   buffer<std::int32_t, B> lengths_;
   buffer<float, B> history_weights_;  // [sequences, groups, positions]: attention_history
   buffer<std::int32_t, B> history_positions_;

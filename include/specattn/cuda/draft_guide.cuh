@@ -98,9 +98,9 @@ class draft_guide<cuda> : public detail::draft_guide_memory<cuda> {
     const std::ptrdiff_t lists = std::ptrdiff_t{groups_} * sequences;
     const std::ptrdiff_t steps = max_rows_ > 1 ? round.draft_weights.extent(0) : 1;
     find_lengths(ctx, round);
-    const view<float, 3, cuda> out(importance_.data(), {lists, steps, round.max_kv_len});
+    const view<fp16, 3, cuda> out(importance_.data(), {lists, steps, round.max_kv_len});
     weigh(ctx, round, out);
-    importance<float, cuda> from;
+    importance<fp16, cuda> from;
     from.weights = out;
     from.kv_lens = lengths_.shaped({lists});
     select(ctx, from, rule_for(steps), round.kept);
@@ -136,8 +136,8 @@ class draft_guide<cuda> : public detail::draft_guide_memory<cuda> {
   }
 
   template <storage T>
-  void weigh(context<cuda>& ctx, const round_state<T, cuda>& round, view<float, 3, cuda> out) {
-    importance_args<cuda> args;
+  void weigh(context<cuda>& ctx, const round_state<T, cuda>& round, view<fp16, 3, cuda> out) {
+    importance_args<cuda, float, fp16> args;
     args.draft_weights = round.draft_weights;
     args.masses = round.draft_masses;
     args.history = history_of(round.rows);
