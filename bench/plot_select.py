@@ -1,6 +1,6 @@
 """Draws time against length from the tables of a selection report: ours, each peer's, and reading the rows once.
 
-    python3 bench/plot_select.py bench/results/select-h200.md bench/results/select-h200.svg
+    python3 bench/plot_select.py bench/results/select-h100.md bench/results/select-h100.svg
 
 Two panels, 8 rows and 256 rows, softmax-like weights, cold. Peers that are told how many positions to keep are dashed.
 """
