@@ -1,6 +1,7 @@
-// Importance and selection on the device, for the shapes of two pairs of models: four recorded steps, p = 0.95. What
-// mix_importance() writes is compared with the definition at 64 positions of every group before anything is timed.
-//   importance_bench_cuda [--smoke | PAIR KV_LEN]    PAIR: 0 or 1
+// Importance and selection on the device, for the shapes of two pairs of models, p = 0.95: four recorded steps, one as a
+// sparse draft leaves it, and a batch. What mix_importance() writes is compared with the definition at 64 positions of
+// every group before anything is timed.
+//   importance_bench_cuda [--smoke | PAIR KV_LEN STEPS BATCH]    PAIR: 0 or 1; floats to fp16
 #include "specattn/cuda/importance.cuh"
 
 #include <cmath>
@@ -18,7 +19,6 @@ namespace {
 using device = specattn::cuda;  // ::cuda is the toolkit's
 
 constexpr double tensor_tflops = 790;  // what a large bf16 product reaches on an H200; the arithmetic floor's rate
-constexpr std::int32_t steps = 4;
 
 struct pair_shape {
   const char* name;
@@ -28,6 +28,14 @@ struct pair_shape {
 };
 constexpr pair_shape pairs[] = {{"Llama-2-7B from TinyLlama", 22, 32, 32, 32},
                                 {"Llama-3.1-8B from Llama-3.2-1B", 16, 32, 32, 8}};
+
+struct problem {
+  pair_shape pair;
+  std::int32_t kv_len, steps, batch;
+  bool history;
+  std::int32_t rows() const { return steps * batch * pair.heads(); }
+  std::int32_t groups() const { return batch * pair.groups(); }
+};
 
 /// Exponentials of N(0, 2.5) logits with four sinks and a recent window: not normalised.
 template <class T>
@@ -48,6 +56,22 @@ __global__ void fill_rows(T* rows, std::size_t count, std::int32_t length, std::
   }
 }
 
+/// What each row sums to. A CTA takes a row.
+template <class T>
+__global__ void sum_rows(const T* rows, std::int32_t length, float* sums) {
+  __shared__ float parts[256];
+  float sum = 0.0f;
+  for (auto i = static_cast<std::int32_t>(threadIdx.x); i < length; i += 256)
+    sum += specattn::to_float(
+        rows[static_cast<std::size_t>(blockIdx.x) * static_cast<std::size_t>(length) + static_cast<std::size_t>(i)]);
+  parts[threadIdx.x] = sum;
+  for (unsigned apart = 128; apart > 0; apart /= 2) {
+    __syncthreads();
+    if (threadIdx.x < apart) parts[threadIdx.x] += parts[threadIdx.x + apart];
+  }
+  if (threadIdx.x == 0) sums[blockIdx.x] = parts[0];
+}
+
 /// `terms` random draft heads, a window of 64, the sinks and, if wanted, history for each group.
 specattn::sparse_mixture make_mixture(const pair_shape& pair, int terms, bool history) {
   std::mt19937 random(5);
@@ -60,7 +84,7 @@ specattn::sparse_mixture make_mixture(const pair_shape& pair, int terms, bool hi
     for (int t = 0; t < terms; ++t) used[random() % used.size()] = true;
     for (std::int32_t h = 0; h < pair.heads(); ++h) {
       if (used[static_cast<std::size_t>(h)])
-        mixture.terms.push_back({h, static_cast<float>(1 + random() % 1000) / static_cast<float>(500 * terms)});
+        mixture.terms.push_back({h, static_cast<float>(1 + random() % 1000) / static_cast<float>(600 * terms)});
     }
     for (std::int32_t s = pair.heads(); s < mixture.signals.count(); ++s) mixture.terms.push_back({s, 0.02f});
     mixture.first.push_back(static_cast<std::int32_t>(mixture.terms.size()));
@@ -68,70 +92,82 @@ specattn::sparse_mixture make_mixture(const pair_shape& pair, int terms, bool hi
   return mixture;
 }
 
-template <class T>
+template <class T, class U>
 struct inputs {
+  problem of;
   specattn::buffer<T, device> weights;
   specattn::buffer<float, device> masses;
-  specattn::importance_args<device, T> args;
-  inputs(const pair_shape& pair, std::int32_t kv_len, std::uint32_t seed, float* out, cudaStream_t stream)
-      : weights(static_cast<std::size_t>(steps * pair.heads()) * static_cast<std::size_t>(kv_len)),
-        masses(static_cast<std::size_t>(steps * pair.heads())) {
-    fill_rows<<<1024, 256, 0, stream>>>(weights.data(), weights.size(), kv_len, seed);
-    std::vector<float> host(masses.size());
-    for (std::size_t i = 0; i < host.size(); ++i)
-      host[i] = 0.05f * static_cast<float>(kv_len) * (1.0f + static_cast<float>(i % 7) / 7.0f);
-    bench::check(cudaMemcpy(masses.data(), host.data(), masses.bytes(), cudaMemcpyHostToDevice));
-    args.draft_weights = {weights.data(), {steps, pair.draft_layers, pair.draft_heads, kv_len}};
-    args.masses = {masses.data(), {steps, pair.draft_layers, pair.draft_heads}};
-    args.kv_len = kv_len;
-    args.out = {out, {pair.layers, pair.kv_heads, 1, kv_len}};
+  specattn::importance_args<device, T, U> args;
+  inputs(const problem& p, std::uint32_t seed, U* out, cudaStream_t stream)
+      : of(p),
+        weights(static_cast<std::size_t>(p.rows()) * static_cast<std::size_t>(p.kv_len)),
+        masses(static_cast<std::size_t>(p.rows())) {
+    const pair_shape& pair = p.pair;
+    fill_rows<<<1024, 256, 0, stream>>>(weights.data(), weights.size(), p.kv_len, seed);
+    sum_rows<<<static_cast<unsigned>(p.rows()), 256, 0, stream>>>(weights.data(), p.kv_len, masses.data());
+    args.draft_weights = {weights.data(), {p.steps, pair.draft_layers, p.batch, pair.draft_heads, p.kv_len}};
+    args.masses = {masses.data(), {p.steps, pair.draft_layers, p.batch, pair.draft_heads}};
+    args.kv_len = p.kv_len;
+    args.out = {out, {pair.layers, p.batch, pair.kv_heads, 1, p.kv_len}};
   }
 };
 
-/// The importance of `position` for every group, by the definition.
-template <class T>
-std::vector<double> exact_column(const inputs<T>& in, const specattn::sparse_mixture& mixture,
+/// The importance of `position` for every group of every sequence, by the definition.
+template <class T, class U>
+std::vector<double> exact_column(const inputs<T, U>& in, const specattn::sparse_mixture& mixture,
                                  std::int32_t position) {
-  const std::int32_t kv_len = in.args.kv_len, heads = mixture.signals.draft_heads();
+  const problem& p = in.of;
+  const std::int32_t q_heads = p.pair.draft_heads, kv_heads = p.pair.kv_heads;
   std::vector<T> column(in.masses.size());
   std::vector<float> masses(in.masses.size());
   bench::check(cudaMemcpy(masses.data(), in.masses.data(), in.masses.bytes(), cudaMemcpyDeviceToHost));
   bench::check(cudaMemcpy2D(column.data(), sizeof(T), in.weights.data() + position,
-                            sizeof(T) * static_cast<std::size_t>(kv_len), sizeof(T), column.size(),
+                            sizeof(T) * static_cast<std::size_t>(p.kv_len), sizeof(T), column.size(),
                             cudaMemcpyDeviceToHost));
-  std::vector<double> signals(static_cast<std::size_t>(mixture.signals.count()));
-  for (std::size_t i = 0; i < column.size(); ++i)
-    signals[i % static_cast<std::size_t>(heads)] +=
-        static_cast<double>(specattn::to_float(column[i])) / masses[i] / steps;
-  signals[static_cast<std::size_t>(heads)] = position >= kv_len - 64 ? 1.0 / 64 : 0.0;
-  signals[static_cast<std::size_t>(heads) + 1] = position < 4 ? 0.25 : 0.0;
-  std::vector<double> sums(static_cast<std::size_t>(mixture.groups()));
-  for (std::size_t g = 0; g < sums.size(); ++g) {
-    for (std::int32_t t = mixture.first[g]; t < mixture.first[g + 1]; ++t) {
-      const auto term = mixture.terms[static_cast<std::size_t>(t)];
-      sums[g] += static_cast<double>(term.coefficient) * signals[static_cast<std::size_t>(term.signal)];
+  std::vector<double> sums(static_cast<std::size_t>(p.groups()));
+  for (std::int32_t s = 0; s < p.batch; ++s) {
+    std::vector<double> signals(static_cast<std::size_t>(mixture.signals.count()));
+    for (std::int32_t i = 0; i < p.rows(); ++i) {
+      const auto row = static_cast<std::size_t>(i);
+      if (i / q_heads % p.batch != s) continue;
+      const std::int32_t head = i / (q_heads * p.batch) % p.pair.draft_layers * q_heads + i % q_heads;
+      signals[static_cast<std::size_t>(head)] +=
+          static_cast<double>(specattn::to_float(column[row])) / masses[row] / p.steps;
+    }
+    const auto heads = static_cast<std::size_t>(p.pair.heads());
+    signals[heads] = position >= p.kv_len - 64 ? 1.0 / 64 : 0.0;
+    signals[heads + 1] = position < 4 ? 0.25 : 0.0;
+    for (std::int32_t g = 0; g < p.pair.groups(); ++g) {
+      double& sum = sums[static_cast<std::size_t>((g / kv_heads * p.batch + s) * kv_heads + g % kv_heads)];
+      for (std::int32_t t = mixture.first[static_cast<std::size_t>(g)];
+           t < mixture.first[static_cast<std::size_t>(g) + 1]; ++t) {
+        const auto term = mixture.terms[static_cast<std::size_t>(t)];
+        sum += static_cast<double>(term.coefficient) * signals[static_cast<std::size_t>(term.signal)];
+      }
     }
   }
   return sums;
 }
 
 /// Root of the mean squared relative error; ends the program where an error is beyond importance_error.
-template <class T>
-double validated(const inputs<T>& in, const specattn::sparse_mixture& mixture) {
-  const std::int32_t kv_len = in.args.kv_len;
+template <class T, class U>
+double validated(const inputs<T, U>& in, const specattn::sparse_mixture& mixture) {
+  const std::int32_t kv_len = in.of.kv_len;
   double squares = 0.0;
   std::size_t count = 0;
   for (std::int32_t n = 0; n < 64; ++n) {
     const std::int32_t position = n < 3 ? n : n > 60 ? kv_len - 64 + n : (n * 7919 + 13) % kv_len;
     const std::vector<double> want = exact_column(in, mixture, position);
-    std::vector<float> got(want.size());
-    bench::check(cudaMemcpy2D(got.data(), 4, in.args.out.data() + position, 4 * static_cast<std::size_t>(kv_len), 4,
-                              got.size(), cudaMemcpyDeviceToHost));
+    std::vector<U> got(want.size());
+    bench::check(cudaMemcpy2D(got.data(), sizeof(U), in.args.out.data() + position,
+                              sizeof(U) * static_cast<std::size_t>(kv_len), sizeof(U), got.size(),
+                              cudaMemcpyDeviceToHost));
     for (std::size_t g = 0; g < got.size(); ++g, ++count) {
-      const double error = std::abs(got[g] - want[g]) / want[g];
+      const double value = static_cast<double>(specattn::to_float(got[g])) * specattn::importance_unit<U>;
+      const double error = std::abs(value - want[g]) / want[g];
       squares += error * error;
       if (!(error < specattn::importance_error<device>)) {
-        std::fprintf(stderr, "group %zu, position %d: %g, expected %g\n", g, position, got[g], want[g]);
+        std::fprintf(stderr, "group %zu, position %d: %g, expected %g\n", g, position, value, want[g]);
         std::exit(1);
       }
     }
@@ -139,29 +175,35 @@ double validated(const inputs<T>& in, const specattn::sparse_mixture& mixture) {
   return std::sqrt(squares / static_cast<double>(count));
 }
 
-template <class T>
-void measure(const pair_shape& pair, std::int32_t kv_len, bool history, specattn::context<device>& ctx,
-             bench::device_clock& clock, double copy, bool smoke) {
-  const auto cells = static_cast<std::size_t>(pair.groups()) * static_cast<std::size_t>(kv_len);
-  const double read = static_cast<double>(sizeof(T)) * steps * pair.heads() * kv_len;
-  const double written = 4.0 * static_cast<double>(cells);
-  const double tflop = 2e-12 * pair.heads() * static_cast<double>(cells);
-  const auto host = make_mixture(pair, 32, history);
+/// What one problem needs at the least, in microseconds.
+struct floors {
+  double bytes, tflop, importance, selection;
+  floors(double read, double written, double kept, double operations, double copy)
+      : bytes(read + written),
+        tflop(operations * 1e-12),
+        importance(std::max(bytes * 1e-3 / copy, tflop * 1e6 / tensor_tflops)),
+        selection((written + kept) * 1e-3 / copy) {}
+};
+
+template <class T, class U>
+void measure(const problem& p, specattn::context<device>& ctx, bench::device_clock& clock, double copy, bool smoke) {
+  const auto cells = static_cast<std::size_t>(p.groups()) * static_cast<std::size_t>(p.kv_len);
+  const double read = static_cast<double>(sizeof(T)) * p.rows() * p.kv_len;
+  const auto host = make_mixture(p.pair, 32, p.history);
   const specattn::resident_mixture<device> mixture(host);
-  specattn::buffer<float, device> rows(cells);
-  specattn::selection<device> lists(pair.groups(), kv_len);
+  specattn::buffer<U, device> rows(cells);
+  specattn::selection<device> lists(p.groups(), p.kv_len);
   const int sets = smoke ? 1 : static_cast<int>(1.0 + 200e6 / read) + 1;  // together beyond the L2
-  std::vector<std::unique_ptr<inputs<T>>> data;
+  std::vector<std::unique_ptr<inputs<T, U>>> data;
   for (int i = 0; i < sets; ++i)
-    data.push_back(
-        std::make_unique<inputs<T>>(pair, kv_len, 7u + static_cast<unsigned>(i), rows.data(), ctx.stream()));
-  specattn::importance<float, device> from;
-  from.weights = rows.shaped({pair.groups(), 1, kv_len});
+    data.push_back(std::make_unique<inputs<T, U>>(p, 7u + static_cast<unsigned>(i), rows.data(), ctx.stream()));
+  specattn::importance<U, device> from;
+  from.weights = rows.shaped({p.groups(), 1, p.kv_len});
   auto out = lists.view();
   out.mass = {};
   const specattn::selection_rule rule;
-  ctx.reserve_workspace((std::max)(specattn::importance_workspace_bytes(ctx, mixture, steps, kv_len),
-                                   specattn::select_workspace_bytes(ctx, pair.groups(), 1, kv_len, rule)));
+  ctx.reserve_workspace((std::max)(specattn::importance_workspace_bytes(ctx, mixture, p.steps, p.kv_len, p.batch),
+                                   specattn::select_workspace_bytes(ctx, p.groups(), 1, p.kv_len, rule)));
   const auto mix = [&](int i) {
     specattn::mix_importance(ctx, mixture, data[static_cast<std::size_t>(i % sets)]->args);
   };
@@ -169,30 +211,93 @@ void measure(const pair_shape& pair, std::int32_t kv_len, bool history, specattn
   bench::check(cudaStreamSynchronize(ctx.stream()));
   const double error = validated(*data[0], host);
   specattn::select(ctx, from, rule, out);
-  std::vector<std::int32_t> counts(static_cast<std::size_t>(pair.groups()));
+  std::vector<std::int32_t> counts(static_cast<std::size_t>(p.groups()));
   bench::check(cudaStreamSynchronize(ctx.stream()));
   bench::check(cudaMemcpy(counts.data(), out.counts.data(), counts.size() * 4, cudaMemcpyDeviceToHost));
   double kept = 0.0;
   for (const std::int32_t count : counts) kept += 4.0 * count;
-  specattn::buffer<float, device> history_weights(history ? cells : 0);
-  if (history) {  // what was kept becomes the round before's list
-    fill_rows<<<1024, 256, 0, ctx.stream()>>>(history_weights.data(), cells, kv_len, 3u);
+  specattn::buffer<float, device> history_weights(p.history ? cells : 0);
+  if (p.history) {  // what was kept becomes the round before's list
+    fill_rows<<<1024, 256, 0, ctx.stream()>>>(history_weights.data(), cells, p.kv_len, 3u);
     for (auto& each : data) {
-      each->args.history.positions = out.positions;
-      each->args.history.counts = out.counts;
-      each->args.history.weights = history_weights.shaped({pair.groups(), kv_len});
+      each->args.history.positions = {out.positions.data(), {1, p.groups(), p.kv_len}};
+      each->args.history.counts = {out.counts.data(), {1, p.groups()}};
+      each->args.history.weights = {history_weights.data(), {1, p.groups(), p.kv_len}};
     }
   }
   if (smoke) return;
+  const floors least(read + (p.history ? 2 * kept : 0), sizeof(U) * static_cast<double>(cells), kept,
+                     2.0 * p.pair.heads() * static_cast<double>(cells), copy);
   const double importance_us = clock.net_us(mix, 2 * sets < 6 ? 6 : 2 * sets);
   const double select_us = clock.net_us([&](int) { specattn::select(ctx, from, rule, out); }, 6);
   const double total_us = clock.net_us([&](int i) { mix(i), specattn::select(ctx, from, rule, out); }, 6);
-  const double mix_floor = std::max((read + written) * 1e-3 / copy, tflop * 1e6 / tensor_tflops);
-  const double select_floor = (written + kept) * 1e-3 / copy;
-  std::printf("| %s | %s | %d | %s | %.0f | %.1f | %.1f | %.1f | %.0f | %.1f | %.1f | %.1f | %.1f | %.2f | %.2f |\n",
-              pair.name, sizeof(T) == 4 ? "fp32" : "bf16", kv_len, history ? "yes" : "no", (read + written) * 1e-6,
-              tflop * 1e3, importance_us, mix_floor, (read + written) * 1e-3 / importance_us, select_us, select_floor,
-              total_us, mix_floor + select_floor, total_us / (mix_floor + select_floor), 100 * error);
+  const double floor = least.importance + least.selection;
+  std::printf(
+      "| %s | %d | %s | %s | %d | %d | %s | %.0f | %.1f | %.1f | %.1f | %.2f | %.0f | %.1f | %.1f | %.1f | %.1f | "
+      "%.2f | "
+      "%.2f |\n",
+      p.pair.name, p.batch, sizeof(T) == 4 ? "fp32" : "bf16", sizeof(U) == 4 ? "fp32" : "fp16", p.steps, p.kv_len,
+      p.history ? "yes" : "no", least.bytes * 1e-6, least.tflop * 1e3, importance_us, least.importance,
+      importance_us / least.importance, least.bytes * 1e-3 / importance_us, select_us, least.selection, total_us,
+      floor, total_us / floor, 100 * error);
+  std::fflush(stdout);
+}
+
+/// Lists of every group from rows stored as U, and the rows.
+template <class U>
+struct chosen {
+  std::vector<std::int32_t> positions, counts;
+  std::vector<U> rows;
+  chosen(const problem& p, const specattn::sparse_mixture& host, specattn::context<device>& ctx) {
+    const specattn::resident_mixture<device> mixture(host);
+    specattn::buffer<U, device> out(static_cast<std::size_t>(p.groups()) * static_cast<std::size_t>(p.kv_len));
+    const inputs<float, U> in(p, 7u, out.data(), ctx.stream());
+    specattn::selection<device> lists(p.groups(), p.kv_len);
+    specattn::importance<U, device> from;
+    from.weights = out.shaped({p.groups(), 1, p.kv_len});
+    ctx.reserve_workspace(specattn::importance_workspace_bytes(ctx, mixture, p.steps, p.kv_len, p.batch));
+    specattn::mix_importance(ctx, mixture, in.args);
+    specattn::select(ctx, from, specattn::selection_rule{}, lists.view());
+    positions.resize(out.size());
+    rows.resize(out.size());
+    counts.resize(static_cast<std::size_t>(p.groups()));
+    bench::check(cudaStreamSynchronize(ctx.stream()));
+    const auto view = lists.view();
+    bench::check(cudaMemcpy2D(positions.data(), 4 * static_cast<std::size_t>(p.kv_len), view.positions.data(),
+                              4 * static_cast<std::size_t>(view.positions.stride(0)),
+                              4 * static_cast<std::size_t>(p.kv_len), counts.size(), cudaMemcpyDeviceToHost));
+    bench::check(cudaMemcpy(counts.data(), view.counts.data(), counts.size() * 4, cudaMemcpyDeviceToHost));
+    bench::check(cudaMemcpy(rows.data(), out.data(), out.bytes(), cudaMemcpyDeviceToHost));
+  }
+};
+
+/// What storing importance as fp16 does to the lists: entries that only one of the two has, and the mass they hold.
+void compare_lists(const problem& p, specattn::context<device>& ctx) {
+  const auto mixture = make_mixture(p.pair, 32, false);
+  const chosen<float> wide(p, mixture, ctx);
+  const chosen<specattn::fp16> narrow(p, mixture, ctx);
+  double entries = 0.0, differ = 0.0, most_differ = 0.0, most_mass = 0.0;
+  for (std::int32_t g = 0; g < p.groups(); ++g) {
+    const std::size_t at = static_cast<std::size_t>(g) * static_cast<std::size_t>(p.kv_len);
+    std::vector<bool> kept(static_cast<std::size_t>(p.kv_len)), also = kept;
+    const std::int32_t count = wide.counts[static_cast<std::size_t>(g)];
+    for (std::int32_t i = 0; i < count; ++i)
+      kept[static_cast<std::size_t>(wide.positions[at + static_cast<std::size_t>(i)])] = true;
+    for (std::int32_t i = 0; i < narrow.counts[static_cast<std::size_t>(g)]; ++i)
+      also[static_cast<std::size_t>(narrow.positions[at + static_cast<std::size_t>(i)])] = true;
+    double here = 0.0, mass = 0.0, gained = 0.0;
+    for (std::size_t i = 0; i < kept.size(); ++i) {
+      mass += wide.rows[at + i];
+      here += kept[i] != also[i] ? 1.0 : 0.0;
+      gained += wide.rows[at + i] * (static_cast<double>(also[i]) - static_cast<double>(kept[i]));
+    }
+    entries += count;
+    differ += here;
+    most_differ = std::max(most_differ, here / count);
+    most_mass = std::max(most_mass, std::abs(gained) / mass);
+  }
+  std::printf("| %s | %d | %.0f | %.4f | %.4f | %.2g |\n", p.pair.name, p.kv_len, entries / p.groups(),
+              100 * differ / entries, 100 * most_differ, most_mass);
   std::fflush(stdout);
 }
 
@@ -212,23 +317,45 @@ int main(int argc, char** argv) {
   bench::print_device();
   const double copy = smoke ? 1 : bench::copy_bandwidth(clock, stream);
   std::printf(
-      "copy: %.0f GB/s; times are graph replays less an empty node of %.2f us, inputs cold; %d steps, 32 terms a "
-      "group; arithmetic floor at %.0f TFLOP/s\n",
-      copy, clock.empty_us(), steps, tensor_tflops);
+      "copy: %.0f GB/s; times are graph replays less an empty node of %.2f us, inputs cold; 32 terms a group; "
+      "arithmetic floor at %.0f TFLOP/s\n",
+      copy, clock.empty_us(), tensor_tflops);
   std::printf(
-      "| pair | recording | kv_len | history | MB | GFLOP | importance us | floor us | GB/s | select us | floor us "
-      "| both us | floor us | of floor | rms error %% |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"
-      "---|\n");
-  if (argc == 3) {
-    measure<specattn::bf16>(pairs[std::atoi(argv[1]) % 2], std::atoi(argv[2]), false, ctx, clock, copy, false);
+      "| pair | batch | recording | rows | steps | kv_len | history | MB | GFLOP | importance us | floor us | of "
+      "floor | "
+      "GB/s "
+      "| select us | floor us | both us | floor us | of floor | rms error %% "
+      "|\n|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n");
+  if (argc == 5) {
+    measure<float, specattn::fp16>(
+        {pairs[std::atoi(argv[1]) % 2], std::atoi(argv[2]), std::atoi(argv[3]), std::atoi(argv[4]), false}, ctx,
+        clock, copy, false);
     return 0;
   }
+  using specattn::bf16;
+  using specattn::fp16;
+  const auto measure_all = [&](const problem& p) {
+    measure<bf16, float>(p, ctx, clock, copy, smoke);
+    measure<float, float>(p, ctx, clock, copy, smoke);
+    measure<bf16, fp16>(p, ctx, clock, copy, smoke);
+    measure<float, fp16>(p, ctx, clock, copy, smoke);
+  };
   for (const pair_shape& pair : pairs) {
     for (const std::int32_t kv_len : {8192, 32768, 131072}) {
-      measure<specattn::bf16>(pair, kv_len, false, ctx, clock, copy, smoke);
+      measure_all({pair, kv_len, 4, 1, false});
       if (smoke) return 0;
-      measure<float>(pair, kv_len, false, ctx, clock, copy, smoke);
-      if (kv_len == 32768) measure<specattn::bf16>(pair, kv_len, true, ctx, clock, copy, smoke);
+    }
+    measure_all({pair, 32768, 1, 1, false});
+    measure<bf16, float>({pair, 32768, 4, 1, true}, ctx, clock, copy, smoke);
+  }
+  for (const std::int32_t kv_len : {8192, 32768}) measure_all({pairs[1], kv_len, 1, 8, false});
+  std::printf(
+      "\nLists from rows of fp16 beside those from floats\n\n| pair | kv_len | entries a list | entries that only "
+      "one "
+      "has %% | most of a list %% | most mass gained or lost |\n|---|---|---|---|---|---|\n");
+  for (const pair_shape& pair : pairs) {
+    for (const std::int32_t kv_len : {8192, 32768, 131072}) {
+      if (pair.groups() <= 256 || kv_len <= 32768) compare_lists({pair, kv_len, 1, 1, false}, ctx);
     }
   }
   return 0;
