@@ -82,10 +82,12 @@ def ticks(most):
     return [i * step for i in range(int(most / step) + 2)]
 
 
+def lengths_of(found):
+    return sorted({kv_len for points in found.values() for kv_len, _ in points})
+
+
 def speed_panel(left, top, width, height, title, found):
-    lengths = sorted({kv_len for points in found.values() for kv_len, _ in points})
-    if len(lengths) < 2:
-        return []
+    lengths = lengths_of(found)
     levels = ticks(max(speed for points in found.values() for _, speed in points))
     low, high = math.log2(lengths[0]), math.log2(lengths[-1])
     x = lambda kv_len: left + width * (math.log2(kv_len) - low) / (high - low)
@@ -105,16 +107,18 @@ def speed_panel(left, top, width, height, title, found):
 
 def draw_speeds(cells):
     width, height, left, top, gap = 270, 260, 70, 80, 76
-    total = left + len(PANELS) * (width + gap)
+    panels = [(f"{pair}, batch {batch}", speeds(cells, pair, batch)) for pair, batch in PANELS]
+    panels = [(title, found) for title, found in panels if len(lengths_of(found)) > 1]
+    if not panels:
+        return None
+    total = max(left + len(panels) * (width + gap), 3 * 230 + left)
     parts = [text(total / 2, 24, "Tokens a second against context, acceptance 0.8, 22 % kept, best draft length each")]
-    for i, (pair, batch) in enumerate(PANELS):
-        at = left + i * (width + gap)
-        parts += speed_panel(at, top, width, height, f"{pair}, batch {batch}", speeds(cells, pair, batch))
+    for i, (title, found) in enumerate(panels):
+        parts += speed_panel(left + i * (width + gap), top, width, height, title, found)
     for i, (way, colour) in enumerate(WAYS.items()):
-        at = left + i * 220
-        parts += [line(at, top + height + 48, at + 26, top + height + 48, colour, 3)]
-        parts.append(text(at + 32, top + height + 52, way, "start"))
-    return document(total, top + height + 70, parts)
+        at, y = left + i % 3 * 230, top + height + 48 + i // 3 * 24
+        parts += [line(at, y, at + 26, y, colour, 3), text(at + 32, y + 4, way, "start")]
+    return document(total, top + height + 94, parts)
 
 
 def draw_phases(cells):
