@@ -269,7 +269,9 @@ void add_bench_command(CLI::App& app) {
   command.add_option("--record-steps", o.pair.decode.record_steps, "draft steps that guide a round; 0: all")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
-  command.add_option("--record-every", o.pair.decode.record_every, "of n rounds the first records and selects; 1: each does")
+  command
+      .add_option("--record-every", o.pair.decode.record_every,
+                  "of n rounds the first records and selects; 1: each does")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command.add_flag("--sparse-draft,!--dense-draft", o.pair.decode.sparse_draft,

@@ -49,7 +49,8 @@ void add_session_flags(CLI::App& command, session_options& o) {
   command.add_option("--record-steps", o.decode.record_steps, "draft steps that guide a round; 0: all")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
-  command.add_option("--record-every", o.decode.record_every, "of n rounds the first records and selects; 1: each does")
+  command
+      .add_option("--record-every", o.decode.record_every, "of n rounds the first records and selects; 1: each does")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command.add_flag("--sparse-draft,!--dense-draft", o.decode.sparse_draft,
