@@ -7,6 +7,7 @@
 #include "cuda/decode.cuh"
 #include "cuda/draft_guide.cuh"
 #include "cuda/importance.cuh"
+#include "cuda/key_recording.cuh"
 #include "cuda/kv_cache.cuh"
 #include "cuda/recompute.cuh"
 #include "cuda/select.cuh"

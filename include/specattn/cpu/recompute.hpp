@@ -8,7 +8,7 @@
 
 #include "../recompute.hpp"
 #include "context.hpp"
-#include "lanes.hpp"
+#include "key_products.hpp"
 
 namespace specattn::inline v0_1::detail {
 
@@ -23,20 +23,15 @@ class recompute_pass {
   }
 
   void run(context<cpu>& ctx) {
-    const std::int32_t tasks = (longest_ + task_positions - 1) / task_positions;
+    const std::int32_t tasks = (longest_ + key_block - 1) / key_block;
     ctx.parallel_for(std::ptrdiff_t{sequences()} * a_.kv.kv_heads * tasks, [&](std::ptrdiff_t i, int) {
       const std::ptrdiff_t list = i / tasks;
       one_task(static_cast<std::int32_t>(list / a_.kv.kv_heads), static_cast<std::int32_t>(list % a_.kv.kv_heads),
-               static_cast<std::int32_t>(i % tasks) * task_positions);
+               static_cast<std::int32_t>(i % tasks) * key_block);
     });
   }
 
  private:
-  static constexpr int task_positions = 256;
-  static constexpr int rows_at_once = 8;
-  static constexpr int depth = 64;  ///< of head_dim at a time
-  static_assert(depth % lanes::width == 0);
-
   std::int32_t sequences() const { return static_cast<std::int32_t>(a_.kv_lens.extent(0)); }
   std::int32_t slots(std::int32_t s) const { return a_.slot_offsets[s + 1] - a_.slot_offsets[s]; }
   bool records_all() const { return a_.recording.slots == record_slots::all; }
@@ -85,25 +80,25 @@ class recompute_pass {
     return listed(s, head) ? a_.kept.counts[s * a_.kept_sequence_stride + head] : a_.kv_lens[s];
   }
 
-  /// Entries [begin, begin + task_positions) of all rows of a sequence and kv head.
+  /// Entries [begin, begin + key_block) of all rows of a sequence and kv head.
   void one_task(std::int32_t s, std::int32_t head, std::int32_t begin) const {
     if (slots(s) == 0) return;
     const std::int32_t first_slot = records_all() ? 0 : slots(s) - 1;
     const std::int32_t rows = (slots(s) - first_slot) * group_;
-    const T* keys[task_positions];
+    const T* keys[key_block];
     const int count = find_keys(keys, s, head, begin);
-    for (std::int32_t first_row = 0; first_row < rows; first_row += rows_at_once) {
-      const int n = (std::min)(rows - first_row, rows_at_once);
-      float scores[rows_at_once][task_positions] = {};
-      for (int d = 0; d < a_.kv.head_dim; d += depth) {
-        alignas(64) float q[rows_at_once][depth] = {};
+    for (std::int32_t first_row = 0; first_row < rows; first_row += key_rows) {
+      const int n = (std::min)(rows - first_row, key_rows);
+      float scores[key_rows][key_block] = {};
+      for (int d = 0; d < a_.kv.head_dim; d += key_depth) {
+        alignas(64) float q[key_rows][key_depth] = {};
         for (int r = 0; r < n; ++r) {
           const std::int32_t slot = a_.slot_offsets[s] + first_slot + (first_row + r) / group_;
           const float* from = &a_.q(slot, head * group_ + (first_row + r) % group_, 0);
-          for (int i = 0; i < (std::min)(depth, a_.kv.head_dim - d); ++i)
+          for (int i = 0; i < (std::min)(key_depth, a_.kv.head_dim - d); ++i)
             q[r][i] = from[(d + i) * a_.q.stride(2)] * scale_ * a_.kv.key_scale(head);
         }
-        add_products(scores, q, n, keys, count, d);
+        add_key_products(scores, q, n, keys, count, d, a_.kv.head_dim);
       }
       for (int r = 0; r < n; ++r) {
         const std::int32_t slot = first_slot + (first_row + r) / group_;
@@ -117,7 +112,7 @@ class recompute_pass {
   int find_keys(const T** keys, std::int32_t s, std::int32_t head, std::int32_t begin) const {
     const std::int32_t row = a_.cache_rows.empty() ? s : a_.cache_rows[s];
     const std::int32_t from_list = kept(s, head);
-    const int count = std::clamp(from_list + slots(s) - begin, 0, task_positions);
+    const int count = std::clamp(from_list + slots(s) - begin, 0, key_block);
     for (int i = 0; i < count; ++i) {
       const std::int32_t at = begin + i;
       const std::int32_t position = at >= from_list   ? a_.kv_lens[s] + at - from_list
@@ -126,22 +121,6 @@ class recompute_pass {
       keys[i] = a_.kv.key(row, position, head);
     }
     return count;
-  }
-
-  void add_products(float (&scores)[rows_at_once][task_positions], const float (&q)[rows_at_once][depth], int rows,
-                    const T* const* keys, int count, int d) const {
-    const int n = (std::min)(depth, a_.kv.head_dim - d);
-    const int whole = n / lanes::width * lanes::width;
-    for (int i = 0; i < count; ++i) {
-      alignas(64) float key[depth] = {};
-      for (int c = 0; c < whole; c += lanes::width) lanes::load(keys[i] + d + c).store(key + c);
-      for (int c = whole; c < n; ++c) key[c] = to_float(keys[i][d + c]);
-      for (int r = 0; r < rows; ++r) {
-        lanes sum = lanes::zero();
-        for (int c = 0; c < depth; c += lanes::width) sum = fmadd(lanes::load(key + c), lanes::load(q[r] + c), sum);
-        scores[r][i] += sum_of_lanes(sum);
-      }
-    }
   }
 
   void leave(const float* scores, std::int32_t s, std::int32_t slot, std::int32_t q_head, std::int32_t begin,

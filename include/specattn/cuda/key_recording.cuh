@@ -1,0 +1,127 @@
+// record_keys() on the device: one launch over chunks of positions of all layers, sequences and kv heads, each key read
+// once for every step's queries, and a small one that adds up what chunks left of the masses, always in the same order.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+#include "../key_recording.hpp"
+#include "context.cuh"
+#include "key_recording_tile.cuh"
+#include "launch.cuh"
+
+namespace specattn::inline v0_1::detail {
+
+inline constexpr int query_threads = 128;
+
+struct keep_queries_launch {
+  view<const std::int32_t, 1, cuda> slot_offsets;
+  view<const float, 3, cuda> q;         // [slots, q_heads, head_dim]
+  view<const float, 2, cuda> slot_lse;  // [slots, q_heads]
+  view<float, 3, cuda> q_out;           // [sequences, q_heads, head_dim]
+  view<float, 2, cuda> lse_out;         // [sequences, q_heads]
+};
+
+/// blockIdx.x: a sequence; y: a share of its numbers.
+static __global__ void __launch_bounds__(query_threads)
+    keep_queries_kernel(const __grid_constant__ keep_queries_launch launch) {
+  const std::ptrdiff_t s = blockIdx.x, first = launch.slot_offsets[s], slot = launch.slot_offsets[s + 1] - 1;
+  const bool asked = slot >= first;
+  const auto heads = static_cast<std::int32_t>(launch.q_out.extent(1));
+  const auto head_dim = static_cast<std::int32_t>(launch.q_out.extent(2));
+  const auto thread = static_cast<std::int32_t>(blockIdx.y * query_threads + threadIdx.x);
+  for (std::int32_t i = thread; i < heads * head_dim; i += static_cast<std::int32_t>(gridDim.y) * query_threads)
+    launch.q_out(s, i / head_dim, i % head_dim) = asked ? launch.q(slot, i / head_dim, i % head_dim) : 0.0f;
+  if (thread < heads)
+    launch.lse_out(s, thread) = asked ? launch.slot_lse(slot, thread) : std::numeric_limits<float>::infinity();
+}
+
+/// A warp adds up a row's parts.
+template <storage T>
+__global__ void __launch_bounds__(query_threads)
+    record_masses_kernel(const __grid_constant__ key_recording_launch<T> launch) {
+  const std::ptrdiff_t row = std::ptrdiff_t{blockIdx.x} * (query_threads / 32) + threadIdx.x / 32;
+  const auto& masses = launch.args.masses;
+  const std::ptrdiff_t heads = masses.extent(3), sequences = masses.extent(2), layers = masses.extent(1);
+  if (row >= masses.extent(0) * layers * sequences * heads) return;
+  const std::ptrdiff_t s = row / heads % sequences;
+  const std::int32_t chunks = (launch.length(static_cast<std::int32_t>(s)) + record_chunk - 1) / record_chunk;
+  float sum = 0.0f;
+  for (std::int32_t c = static_cast<std::int32_t>(threadIdx.x) % 32; c < chunks; c += 32)
+    sum += launch.parts[row * launch.chunks + c];
+  for (int apart = 16; apart > 0; apart /= 2) sum += __shfl_xor_sync(~0u, sum, apart);
+  if (threadIdx.x % 32 == 0)
+    masses(row / (layers * sequences * heads), row / (sequences * heads) % layers, s, row % heads) = sum;
+}
+
+template <>
+struct key_recording_impl<cuda> {
+  static std::size_t workspace_bytes(const context<cuda>&, std::ptrdiff_t rows, std::ptrdiff_t kv_len) {
+    return static_cast<std::size_t>(rows * blocks_of(kv_len, record_chunk)) * sizeof(float);
+  }
+
+  template <storage T>
+  static void run(context<cuda>& ctx, const key_recording_args<T, cuda>& args) {
+    if (args.q.extent(0) == 0 || args.q.extent(1) * args.q.extent(2) * args.q.extent(3) == 0) return;
+    key_recording_launch<T> launch{args};
+    if (launch.args.scale == 0.0f) launch.args.scale = 1.0f / std::sqrt(static_cast<float>(args.kv.head_dim));
+    const std::ptrdiff_t rows = args.weights.extent(0) * args.q.extent(1) * args.q.extent(2) * args.q.extent(3);
+    launch.chunks = static_cast<std::int32_t>(blocks_of(args.weights.extent(4), record_chunk));
+    launch.parts =
+        reinterpret_cast<float*>(ctx.workspace(workspace_bytes(ctx, rows, args.weights.extent(4)), "record_keys"));
+    if (!run_on_tensor_cores(ctx, launch)) {
+      start_kernel(ctx, record_plain_kernel<T>, grid_of(launch), record_plain_threads, launch, "record_keys");
+    }
+    start_kernel(ctx, record_masses_kernel<T>, dim3(blocks_of(rows, query_threads / 32)), query_threads, launch,
+                 "record_keys");
+  }
+
+  /// Keeps what the newest slots of a layer asked.
+  static void keep_queries(const context<cuda>& ctx, const view<const std::int32_t, 1, cuda>& slot_offsets,
+                           const view<const float, 3, cuda>& q, const query_log<cuda>& log, std::int32_t layer) {
+    const keep_queries_launch launch{slot_offsets, q, log.slot_lse, log.q[layer], log.lse[layer]};
+    const std::ptrdiff_t numbers = log.q.extent(2) * log.q.extent(3);
+    const dim3 grid(static_cast<unsigned>(log.q.extent(1)), blocks_of(numbers, 4 * query_threads));
+    start_kernel(ctx, keep_queries_kernel, grid, query_threads, launch, "record_keys");
+  }
+
+ private:
+  /// blockIdx.x: a kv head of a sequence of a layer; y: a chunk.
+  template <storage T>
+  static dim3 grid_of(const key_recording_launch<T>& launch) {
+    return dim3(static_cast<unsigned>(launch.args.q.extent(1) * launch.args.q.extent(2) * launch.args.kv.kv_heads),
+                static_cast<unsigned>(launch.chunks));
+  }
+
+  template <storage T>
+  static bool run_on_tensor_cores(const context<cuda>& ctx, key_recording_launch<T>& launch) {
+    if constexpr (tensor_storage<T>) {
+      const auto& kv = launch.args.kv;
+      const auto strides = kv.page_stride | kv.position_stride | kv.head_stride | launch.args.layer_stride;
+      if (reinterpret_cast<std::uintptr_t>(kv.keys) % 16 != 0 || (kv.head_dim | strides) % 8 != 0) return false;
+      const auto& weights = launch.args.weights;
+      launch.wide = reinterpret_cast<std::uintptr_t>(weights.data()) % 16 == 0 &&
+                    (weights.stride(0) | weights.stride(1) | weights.stride(2) | weights.stride(3)) % 8 == 0;
+      if (kv.head_dim <= 32) return start<record_tile<T, 32>>(ctx, launch);
+      if (kv.head_dim <= 64) return start<record_tile<T, 64>>(ctx, launch);
+      if (kv.head_dim <= 128) return start<record_tile<T, 128>>(ctx, launch);
+    }
+    return false;
+  }
+  template <class Tile, storage T>
+  static bool start(const context<cuda>& ctx, const key_recording_launch<T>& launch) {
+    const std::size_t shared = Tile::shared_bytes(launch.columns());
+    if (shared > static_cast<std::size_t>(ctx.block_shared_bytes())) return false;
+    check_cuda(cudaFuncSetAttribute(record_keys_kernel<Tile, T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    static_cast<int>(shared)),
+               "record_keys");
+    start_kernel(ctx, record_keys_kernel<Tile, T>, grid_of(launch), Tile::threads, launch, "record_keys", shared);
+    return true;
+  }
+};
+
+}  // namespace specattn::inline v0_1::detail
