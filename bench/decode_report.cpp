@@ -191,9 +191,9 @@ byte_floor floor_of(const cell& c) {
   if (has_guide(c.decoding)) {
     const double prefix = 1.0 * c.batch * c.cached;
     const double steps = has_sparse_draft(c.decoding) ? 1 : c.draft_length;
-    // Recorded rows once, importance written and read once, lists written.
-    floor.guide_ms = milliseconds * 4 * prefix *
-                     (steps * draft.layers * draft.q_heads + target.layers * target.kv_heads * (2 + c.kept)) /
+    // Recorded rows of 16 bits once, importance of 16 bits written and read once, lists written.
+    floor.guide_ms = milliseconds * 2 * prefix *
+                     (steps * draft.layers * draft.q_heads + target.layers * target.kv_heads * (2 + 2 * c.kept)) /
                      record_every(c.decoding);
   }
   return floor;
@@ -204,8 +204,8 @@ void write_report(std::ostream& out, const cell_file& file) {
   for (const std::string& run : file.runs()) out << "* " << run << "\n";
   out << "\nMeasured: a round's wall-clock time, host included, with seeded random weights of the models' shapes "
          "made on "
-         "the device, and caches of random keys and values. A round runs as one graph: draft steps, recording (of "
-         "the first), importance, selection, verify pass, acceptance. Imposed: the kept share, by the top_p that "
+         "the device, and caches of random keys and values. A round runs as one graph: draft steps, recording "
+         "of all of them, importance, selection, verify pass, acceptance. Imposed: the kept share, by the top_p that "
          "keeps it, found "
          "by "
          "bisection (random weights attend nearly evenly; a trained model keeps as little at a far higher top_p); "

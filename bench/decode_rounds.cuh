@@ -133,7 +133,6 @@ struct round_plan {
     o.max_sequences = batch;
     o.max_positions = kv_len;
     o.sparse_draft = sparse_draft;
-    o.record_steps = 1;  // the first; a sparse draft's only dense one
     o.record_every = record_every;
     o.draft_rule = rules.draft;
     return o;
@@ -195,7 +194,7 @@ struct turn_times {
 template <class Decoder>
 cell time_rounds(Decoder& decoder, const std::vector<std::int32_t>& rows, const round_plan& plan, const setup& what,
                  std::int32_t draft_length) {
-  const std::int32_t every = plan.record_every, warm = (std::max)(2, every), timed = every == 1 ? 5 : 3 * every;
+  const std::int32_t every = plan.record_every, warm = 2 * every, timed = every == 1 ? 5 : 3 * every;
   for (const std::int32_t row : rows)
     decoder.rewind(row, {.max_new_tokens = plan.kv_len, .draft_length = draft_length});
   std::vector<turn_times> turns(static_cast<std::size_t>(every));
@@ -250,12 +249,14 @@ inline share_rules find_rules(specattn::context<device>& ctx, loaded_pair& model
     plan.sparse_draft = true;
     specattn::draft_guide<device> guide(random_alignment(target, draft, 32), rules.guide);
     with_decoder(ctx, models.target, models.draft, guide, plan, 1, 2, [&](auto& decoder, const auto&) {
-      decoder.step([](std::int32_t, std::span<const std::int32_t>) { return true; });
+      for (int round = 0; round < 2; ++round)  // a first one drafts densely
+        decoder.step([](std::int32_t, std::span<const std::int32_t>) { return true; });
       const specattn::decode_counts& counts = decoder.last_round().counts;
-      // Of two draft steps the first is dense.
-      const double first = 0.5 * static_cast<double>(counts.draft_rows_dense);
+      const auto dense = static_cast<double>(counts.draft_rows_dense);
+      const double keys =
+          0.25 * dense;  // that the recording read: half a row of each, where two steps read whole ones
       const double shares[2] = {static_cast<double>(counts.kv_rows_read) / static_cast<double>(counts.kv_rows_dense),
-                                (static_cast<double>(counts.draft_rows_read) - first) / first};
+                                (static_cast<double>(counts.draft_rows_read) - keys) / dense};
       for (int i = 0; i < 2; ++i) (shares[i] > what.kept ? high : low)[i] = *sides[i];
     });
   }

@@ -43,7 +43,8 @@ TEST_CASE("decode on the device: greedy text is the CPU's, dense and over a sele
       const decode_counts& theirs = wanted.counts(wanted_row);
       CHECK(ours.rounds == theirs.rounds);
       CHECK(ours.kv_rows_dense == theirs.kv_rows_dense);
-      CHECK(ours.draft_rows_read == theirs.draft_rows_read);
+      CHECK(ours.draft_rows_dense == theirs.draft_rows_dense);
+      CHECK(ours.draft_rows_read > theirs.draft_rows_read);  // recording reads the keys once more
       // Importance is rounded to bf16 there: positions at the threshold may differ.
       CHECK(static_cast<double>(ours.kv_rows_read) ==
             doctest::Approx(static_cast<double>(theirs.kv_rows_read)).epsilon(0.01));

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "attend.hpp"
+#include "key_recording.hpp"
 #include "kv_cache.hpp"
 #include "rotary.hpp"
 #include "selection.hpp"
@@ -19,7 +20,8 @@ struct layer_hook {
   void (*call)(void* object, std::int32_t layer, view<const float, 3, B> q) = nullptr;
 };
 
-/// Models layer_attention. Dense by default; `kept` makes it guided and `recording` makes it leave weights behind.
+/// Models layer_attention. Dense by default; `kept` makes it guided, `recording` makes it leave weights behind, a log what
+/// record_keys() makes them from.
 ///
 /// Groups of `kept` are (layer, sequence, kv head), layer slowest; recordings are [layer, row, q_head, position].
 template <storage T, backend B = cpu>
@@ -34,6 +36,7 @@ class attention_pass {
     weights_ = weights;
     slots_ = slots;
   }
+  void keep_queries(const query_log<B>& log) { log_ = log; }
   void before_each_layer(layer_hook<B> hook) { hook_ = hook; }
 
   void operator()(std::int32_t layer, view<const float, 3, B> q, view<const float, 3, B> k, view<const float, 3, B> v,
@@ -65,7 +68,10 @@ class attention_pass {
       args.kept_sequence_stride = args.kv.kv_heads;
     }
     if (!weights_.empty()) args.recording = {weights_[layer], slots_};
+    if (!log_.empty()) args.lse = view<float, 2, B>(log_.slot_lse.data(), {q.extent(0), q.extent(1)});
     attend(*ctx_, args);
+    if (!log_.empty())  // incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
+      detail::key_recording_impl<B>::keep_queries(*ctx_, layout_.slot_offsets, q, log_, layer);
   }
 
   context<B>* ctx_;
@@ -74,6 +80,7 @@ class attention_pass {
   selection_view<B> kept_;
   view<float, 4, B> weights_;
   record_slots slots_ = record_slots::newest;
+  query_log<B> log_;
   layer_hook<B> hook_;
 };
 

@@ -108,12 +108,12 @@ class decoder {
     double mark = now();
     const std::span<const std::int32_t> rows(batch_.rows.data(), static_cast<std::size_t>(batch_.size));
     reuse_ = batch_.longest_draft() > 0 && turns_.may_reuse(options_.record_every, rows, sparse_);
-    if (drafter_) drafter_->run(batch_, sequences_, trace_.counts, reuse_);
+    if (drafter_) drafter_->run(batch_, sequences_, trace_.counts, turns_.may_continue(rows), reuse_);
     trace_.draft_seconds = lap(mark);
     lay_out_verify_pass();
     auto state = round();
     choose_rows(state);
-    turns_.take(rows, sparse_, any_dense(), reuse_);
+    turns_.take(rows, batch_.longest_draft() > 0, sparse_, any_dense(), reuse_);
     trace_.guide_seconds = lap(mark);
     run_target(state);
     trace_.verify_seconds = lap(mark);

@@ -1,6 +1,7 @@
 // What a decoder allocates, known before it is made.
 #pragma once
 
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 
@@ -9,6 +10,7 @@
 #include "guide.hpp"
 #include "kv_cache.hpp"
 #include "model.hpp"
+#include "query_memory.hpp"
 #include "selection.hpp"
 
 namespace specattn::inline v0_1 {
@@ -27,7 +29,13 @@ decode_memory decoder_bytes(const model_shape& target, const model_shape& draft,
   if (options.draft_length > 0) {
     memory.draft_cache = kv_cache<T, B>::bytes(sizes.draft_cache);
     memory.logits += static_cast<std::size_t>(sizes.sequences) * vocab * sizeof(float);
-    if (needs.draft_weights || options.sparse_draft) memory.recordings += sizes.draft_weights * sizeof(float);
+    if (needs.draft_weights || options.sparse_draft) {
+      memory.recordings += sizes.draft_weights * sizeof(recorded_weight<B>);
+      if (std::same_as<B, cuda> || options.sparse_draft)
+        memory.recordings += detail::query_memory<B>::bytes(draft, sizes);
+    }
+    if (std::same_as<B, cuda> && options.sparse_draft && options.draft_rule.rows == combine::mean)
+      memory.recordings += std::size_t(sizes.draft_groups * sizes.recording_capacity) * sizeof(fp16);
     if (options.sparse_draft) memory.selections += selection<B>::bytes(sizes.draft_groups, sizes.positions);
   }
   return memory;

@@ -31,7 +31,9 @@ struct decode_options {
   /// Each round drafts 1 … draft_length tokens and verifies densely or sparsely, whichever the costs of the rounds
   /// before predict to be fastest (cost_model.hpp). With a sparse verify pass the text then depends on the clock.
   bool adaptive = false;
-  bool sparse_draft = false;  ///< draft steps after the first attend over the draft's own selection
+  /// Draft steps attend over the draft's own selection, made from the last recording and grown since; a round records by
+  /// one more reading of the draft's keys, for all its steps. The first round of a batch drafts densely.
+  bool sparse_draft = false;
   selection_rule draft_rule = {.top_p = 0.95f, .rows = combine::mean};  ///< of the sparse draft
   std::int32_t prefill_chunk = 256;  ///< slots of a prefill pass; cut to the models' max_slots
   std::int32_t page_size = 0;        ///< of both caches; 0: contiguous

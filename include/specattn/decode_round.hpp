@@ -51,28 +51,36 @@ class recording_turns {
   recording_turns() = default;
   explicit recording_turns(std::int32_t sequences) { rows_.reserve(static_cast<std::size_t>(sequences)); }
 
-  /// The next round records: some sequence is not the one it was.
-  void begin_anew() { rounds_ = 0; }
+  /// Some sequence is not the one it was: the next round records, and no list is of use to it.
+  void begin_anew() {
+    rounds_ = 0;
+    recorded_ = false;
+  }
+  /// Whether the draft has lists of these cache rows, from whatever round recorded last.
+  bool may_continue(std::span<const std::int32_t> rows) const {
+    return recorded_ && std::equal(rows.begin(), rows.end(), rows_.begin(), rows_.end());
+  }
   /// Whether a round of these cache rows may read what the last recording one selected.
   bool may_reuse(std::int32_t every, std::span<const std::int32_t> rows, bool sparse) const {
-    return rounds_ > 0 && rounds_ < every && (sparse_ || !sparse) &&
-           std::equal(rows.begin(), rows.end(), rows_.begin(), rows_.end());
+    return rounds_ > 0 && rounds_ < every && (sparse_ || !sparse) && may_continue(rows);
   }
-  /// Notes a round.
+  /// Notes a round; one that drafted nothing leaves lists as they were, and the next one records.
   /// \param any_dense some sequence read everything, so that what was selected says nothing of it
-  void take(std::span<const std::int32_t> rows, bool sparse, bool any_dense, bool reused) {
-    if (!reused) {
+  void take(std::span<const std::int32_t> rows, bool drafted, bool sparse, bool any_dense, bool reused) {
+    if (drafted && !reused) {
       rows_.assign(rows.begin(), rows.end());
       sparse_ = sparse;
+      recorded_ = true;
       rounds_ = 0;
     }
-    rounds_ = any_dense ? 0 : rounds_ + 1;
+    rounds_ = any_dense || !drafted ? 0 : rounds_ + 1;
   }
 
  private:
   std::vector<std::int32_t> rows_;  // of the last round that recorded
   std::int32_t rounds_ = 0;         // it and those behind it; 0: the next one records
   bool sparse_ = false;             // whether the target's lists were made, too
+  bool recorded_ = false;           // since the last begin_anew()
 };
 
 /// Decides how a round runs: as the options say, or, where they are adaptive, as the rounds before suggest.

@@ -93,10 +93,11 @@ struct decode_sizes {
     target_groups = std::ptrdiff_t{target.layers} * sequences * target.kv_heads;
     draft_groups = std::ptrdiff_t{draft.layers} * sequences * draft.kv_heads;
     recorded_rows = options.sparse_draft ? (std::min)(steps, 1) : steps;
-    const std::int32_t kept_rows = options.sparse_draft ? 1 : 0;  // a sparse step's, before it is added
     recording_capacity = (std::ptrdiff_t{positions} + 63) / 64 * 64;
-    draft_weights = std::size_t(recorded_rows + kept_rows) * std::size_t(draft.layers) * std::size_t(sequences) *
-                    std::size_t(draft.q_heads) * std::size_t(recording_capacity);
+    const std::size_t heads = std::size_t(draft.layers) * std::size_t(sequences) * std::size_t(draft.q_heads);
+    draft_weights = std::size_t(recorded_rows) * heads * std::size_t(recording_capacity);
+    draft_queries = std::size_t(steps) * heads;
+    slot_queries = 2 * std::size_t(sequences) * std::size_t(draft.q_heads);
     target_weights = std::size_t(target.layers) * std::size_t(verify_slots) * std::size_t(target.q_heads) *
                      std::size_t(recording_capacity);
   }
@@ -106,12 +107,14 @@ struct decode_sizes {
   std::int32_t judged = 0;         ///< slots whose logits are wanted
   std::int32_t verify_slots = 0;   ///< with replayed ones
   std::int32_t steps = 0;          ///< draft steps that guide a round
-  std::int32_t recorded_rows = 0;  ///< sets of weights they leave: one each, or one together when the draft is sparse
+  std::int32_t recorded_rows = 0;  ///< sets of weights they leave: one each, or their mean when the draft is sparse
   kv_cache_shape target_cache, draft_cache;
   std::ptrdiff_t target_groups = 0;
   std::ptrdiff_t draft_groups = 0;
   std::ptrdiff_t recording_capacity = 0;  ///< entries of a recorded row: positions, up to whole cache lines
-  std::size_t draft_weights = 0;          ///< floats
+  std::size_t draft_weights = 0;          ///< numbers
+  std::size_t draft_queries = 0;          ///< that recorded steps ask: steps * layers * sequences * q_heads
+  std::size_t slot_queries = 0;           ///< of a step's slots in one layer
   std::size_t target_weights = 0;         ///< floats
 };
 

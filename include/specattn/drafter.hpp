@@ -11,6 +11,7 @@
 #include "decode_state.hpp"
 #include "kv_cache.hpp"
 #include "model.hpp"
+#include "query_memory.hpp"
 #include "select.hpp"
 #include "sequence_table.hpp"
 #include "verify.hpp"
@@ -36,6 +37,7 @@ class drafter {
     const auto sequences = static_cast<std::size_t>(sizes.sequences);
     if (record_) weights_ = buffer<float, B>(sizes.draft_weights);
     if (options.sparse_draft) {
+      queries_ = query_memory<B>(shape_, sizes);
       kept_ = selection<B>(sizes.draft_groups, capacity_);
       selected_ = buffer<std::int32_t, B>(static_cast<std::size_t>(sizes.draft_groups));
       selected_lens_ = buffer<std::int32_t, B>(sequences);
@@ -51,9 +53,10 @@ class drafter {
     std::size_t need =
         attend_workspace_bytes(ctx, {sequences, slots, shape_.q_heads, shape_.kv_heads, shape_.head_dim, capacity_});
     if (options_.sparse_draft) {
-      need =
-          (std::max)(need, select_workspace_bytes(ctx, std::ptrdiff_t{shape_.layers} * sequences * shape_.kv_heads,
-                                                  shape_.q_heads / shape_.kv_heads, capacity_, options_.draft_rule));
+      const std::ptrdiff_t groups = std::ptrdiff_t{shape_.layers} * sequences * shape_.kv_heads;
+      const std::ptrdiff_t heads = shape_.q_heads / shape_.kv_heads;
+      need = (std::max)({need, select_workspace_bytes(ctx, groups, heads, capacity_, options_.draft_rule),
+                         key_recording_workspace_bytes(ctx, groups * heads, capacity_)});
     }
     return need;
   }
@@ -62,9 +65,10 @@ class drafter {
   kv_cache<T, B>& cache() { return cache_; }
 
   /// Drafts for the whole batch into batch.drafted (and batch.probabilities where it samples).
-  /// \param reuse nothing is recorded; a sparse draft reads what it selected for these rows before, and all since
-  void run(round_batch& batch, sequence_table& sequences, decode_counts& counts, bool reuse) {
-    sparse_ = reuse && options_.sparse_draft;
+  /// \param listed a sparse draft's steps read what was selected for these rows before, and all since; else they are dense
+  /// \param reuse  nothing is recorded, and nothing selected anew
+  void run(round_batch& batch, sequence_table& sequences, decode_counts& counts, bool listed, bool reuse) {
+    sparse_ = listed && options_.sparse_draft;
     reuse_ = reuse;
     std::fill_n(recorded_.data(), recorded_.size(), 0);
     const std::int32_t longest = batch.longest_draft();
@@ -75,12 +79,14 @@ class drafter {
       gather(step, batch, sequences);
       forward(step, batch, sequences, counts);
       choose(step, batch, sequences);
-      const bool again = longest > 1 || options_.record_every > 1;
-      if (options_.sparse_draft && step == 0 && !reuse && again) select_own(batch);
+    }
+    if (options_.sparse_draft && !reuse && longest > 0) {
+      record(batch, sequences, counts);
+      select_own(batch);
     }
   }
 
-  /// [recorded steps, layers, sequences, q_heads, positions] of the last run; a sparse draft's steps are summed.
+  /// [recorded steps, layers, sequences, q_heads, positions] of the last run; of a sparse draft's steps the mean.
   view<const float, 5, B> weights(std::int32_t sequences) const {
     if (!record_) return {};
     return view<const float, 5, B>(weights_.data(), {rows_, shape_.layers, sequences, shape_.q_heads, capacity_});
@@ -148,10 +154,10 @@ class drafter {
     for (std::int32_t s = 0; sparse_ && s < batch.size; ++s) {
       if (slots_of(s) > 0) grow_lists(s, batch.size);
     }
-    if (records) {
-      const std::ptrdiff_t set = sparse_ ? rows_ : step;  // a sparse step's kept rows lie behind the others
+    if (records && options_.sparse_draft) pass.keep_queries(queries_.log(step, batch.size));
+    if (records && !options_.sparse_draft) {
       pass.record(
-          {weights_.data() + set * set_size(batch.size), {shape_.layers, batch.size, shape_.q_heads, capacity_}},
+          {weights_.data() + step * set_size(batch.size), {shape_.layers, batch.size, shape_.q_heads, capacity_}},
           record_slots::newest);
     }
     if (sparse_) pass.guide_by(kept_view(batch.size));
@@ -163,14 +169,14 @@ class drafter {
       sequences.at(batch.rows.data()[s]).counts += rows;
       cache_.advance(batch.rows.data()[s], slots_of(s));
     }
-    if (records) note_weights(step, batch);
+    if (records && !options_.sparse_draft) note_weights(step, batch);
   }
 
   std::ptrdiff_t set_size(std::int32_t sequences) const {
     return std::ptrdiff_t{shape_.layers} * sequences * shape_.q_heads * capacity_;
   }
 
-  /// After a recorded step: the mass of its rows over the round's prefix; a sparse step's rows are added to the first's.
+  /// After a dense recorded step: the mass of its rows over the round's prefix.
   void note_weights(std::int32_t step, const round_batch& batch) {
     const std::ptrdiff_t heads = shape_.q_heads;
     const std::ptrdiff_t count = std::ptrdiff_t{shape_.layers} * batch.size * heads;
@@ -178,21 +184,45 @@ class drafter {
       const auto s = static_cast<std::int32_t>(i / heads % batch.size);
       if (slots_of(s) == 0) return;
       const std::int32_t length = cache_.length(batch.rows.data()[s]);  // prefix and tail of this step
-      const std::int32_t prefix = length - 1 - step;
-      if (sparse_) {
-        const std::ptrdiff_t g =
-            group(static_cast<std::int32_t>(i / heads / batch.size), s,
-                  static_cast<std::int32_t>(i % heads) / (shape_.q_heads / shape_.kv_heads), batch.size);
-        add_kept(step, g, prefix, weights_.data() + (rows_ * count + i) * capacity_, weights_.data() + i * capacity_,
-                 masses_.data()[i]);
-      } else {
-        masses_.data()[step * count + i] =
-            prefix_mass(weights_.data() + (step * count + i) * capacity_, prefix, length);
-      }
+      masses_.data()[step * count + i] =
+          prefix_mass(weights_.data() + (step * count + i) * capacity_, length - 1 - step, length);
     });
     for (std::int32_t s = 0; s < batch.size; ++s) {
-      if (slots_of(s) > 0 && step < rows_) recorded_.data()[s] = step + 1;
+      if (slots_of(s) > 0) recorded_.data()[s] = step + 1;
     }
+  }
+
+  /// After a sparse draft's steps, whether they were dense this time or not: their mean over the round's prefix.
+  void record(const round_batch& batch, sequence_table& sequences, decode_counts& counts) {
+    const std::int32_t n = batch.size, steps = (std::min)(steps_, batch.longest_draft());
+    for (std::int32_t s = 0; s < n; ++s) {
+      const auto text = static_cast<std::int32_t>(sequences.at(batch.rows.data()[s]).text.size());
+      recorded_.data()[s] = batch.draft_length(s) > 0 ? 1 : 0;
+      selected_lens_.data()[s] = batch.draft_length(s) > 0 ? text - 1 : 0;
+      decode_counts keys;  // half of their rows
+      keys.draft_rows_read = (std::int64_t{selected_lens_.data()[s]} * shape_.layers * shape_.kv_heads + 1) / 2;
+      counts += keys;
+      sequences.at(batch.rows.data()[s]).counts += keys;
+    }
+    key_recording_args<T, B> args = queries_.asked(steps, n, cache_);
+    args.kv_lens = selected_lens_.shaped({n});
+    args.cache_rows = batch.rows.shaped({n});
+    args.weights = {weights_.data(), {1, shape_.layers, n, shape_.q_heads, capacity_}};
+    args.masses = {masses_.data(), {1, shape_.layers, n, shape_.q_heads}};
+    record_keys(*ctx_, args);
+    make_masses_one(args);
+  }
+
+  /// Heads whose lists kept less of their mass were weighed by more than they should (record_keys); they are to count
+  /// alike.
+  void make_masses_one(const key_recording_args<T, B>& recorded) const {
+    const std::ptrdiff_t heads = shape_.q_heads, n = recorded.kv_lens.extent(0);
+    ctx_->parallel_for(shape_.layers * n * heads, [&](std::ptrdiff_t i, int) {
+      if (masses_.data()[i] <= 0.0f) return;
+      float* row = weights_.data() + i * capacity_;
+      for (std::int32_t j = 0; j < recorded.kv_lens[i / heads % n]; ++j) row[j] /= masses_.data()[i];
+      masses_.data()[i] = 1.0f;
+    });
   }
 
   /// A row sums to one over its prefix and tail.
@@ -203,20 +233,6 @@ class drafter {
     float mass = 0.0f;  // the difference would have lost its digits
     for (std::int32_t i = 0; i < prefix; ++i) mass += row[i];
     return mass;
-  }
-
-  /// Adds a sparse step's weights over its kept positions to a dense row, scaled to the mass of the first step's row.
-  void add_kept(std::int32_t step, std::ptrdiff_t g, std::int32_t prefix, const float* kept, float* row,
-                float& mass) const {
-    const selection_view<B> lists = kept_.view();
-    std::int32_t count = lists.counts[g];
-    while (count > 0 && lists.positions(g, count - 1) >= prefix) --count;
-    float sum = 0.0f;
-    for (std::int32_t i = 0; i < count; ++i) sum += kept[i];
-    if (sum <= 0.0f) return;
-    const float share = mass / static_cast<float>(step);  // the mass of the first row: so many are in already
-    for (std::int32_t i = 0; i < count; ++i) row[lists.positions(g, i)] += share / sum * kept[i];
-    mass += share;
   }
 
   /// Draws (or, when scoring, looks up) the token of each sequence that drafts in this step.
@@ -243,13 +259,13 @@ class drafter {
     }
   }
 
-  /// After the first step: what the others read, from its weights.
+  /// What the next rounds' steps read, from this round's weights.
   void select_own(const round_batch& batch) {
     const std::ptrdiff_t groups = std::ptrdiff_t{shape_.layers} * batch.size * shape_.kv_heads;
     const std::ptrdiff_t heads = shape_.q_heads / shape_.kv_heads;
     std::int32_t longest = 1;
     for (std::int32_t s = 0; s < batch.size; ++s) {
-      const std::int32_t length = slots_of(s) > 0 ? cache_.length(batch.rows.data()[s]) : 0;
+      const std::int32_t length = selected_lens_.data()[s];
       longest = (std::max)(longest, length);
       for (std::int32_t layer = 0; layer < shape_.layers; ++layer) {
         for (std::int32_t h = 0; h < shape_.kv_heads; ++h)
@@ -262,9 +278,6 @@ class drafter {
     const selection_view<B> kept = kept_view(batch.size);
     select(*ctx_, from, options_.draft_rule, kept);
     std::copy_n(&kept.counts[0], groups, selected_.data());
-    for (std::int32_t s = 0; s < batch.size; ++s)
-      selected_lens_.data()[s] = slots_of(s) > 0 ? cache_.length(batch.rows.data()[s]) : 0;
-    sparse_ = true;
   }
 
   selection_view<B> kept_view(std::int32_t sequences) const {
@@ -320,6 +333,7 @@ class drafter {
   bool sparse_ = false;  // there are lists to read
   bool reuse_ = false;   // this round records nothing
   pass_arrays pass_;
+  query_memory<B> queries_;   // of a sparse draft
   buffer<float, B> weights_;  // [steps, layers, sequences, q_heads, positions]
   selection<B> kept_;
   buffer<std::int32_t, B> selected_;       // counts of kept_ when it was selected

@@ -5,6 +5,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 #include "backend.hpp"
@@ -51,6 +52,9 @@ struct key_recording_args {
 };
 
 namespace detail {
+
+inline constexpr float asked_nothing =
+    std::numeric_limits<float>::infinity();  ///< a log-sum-exp that makes no weights
 
 /// The backend's implementation.  // incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
 ///   workspace_bytes(ctx, rows, kv_len), run(ctx, args), keep_queries(ctx, slot_offsets, q, log, layer)

@@ -89,6 +89,8 @@ class kv_cache {
 
   const kv_cache_shape& shape() const { return shape_; }
   bool paged() const { return shape_.page_size > 0; }
+  /// [layers, kv_heads] what stored keys are multiples of; empty: 1
+  view<const float, 2, B> key_scales() const { return key_scales_; }
   /// Bytes of keys, values and block table: what bytes(shape) announced.
   std::size_t allocated_bytes() const { return keys_.bytes() + values_.bytes() + table_.bytes(); }
   std::int32_t length(std::int32_t row) const { return checked(row, "length").length; }

@@ -20,6 +20,7 @@
 #include "attend_plan.hpp"
 #include "attend_tile.hpp"
 #include "context.hpp"
+#include "key_recording.hpp"
 
 namespace specattn::inline v0_1::detail {
 

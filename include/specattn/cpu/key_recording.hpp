@@ -5,7 +5,6 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 
 #include "../key_recording.hpp"
 #include "context.hpp"
@@ -122,7 +121,7 @@ struct key_recording_impl<cpu> {
       const bool asked = slot_offsets[s + 1] > slot_offsets[s];
       const std::int32_t slot = slot_offsets[s + 1] - 1;
       for (std::ptrdiff_t head = 0; head < log.q.extent(2); ++head) {
-        log.lse(layer, s, head) = asked ? log.slot_lse(slot, head) : std::numeric_limits<float>::infinity();
+        log.lse(layer, s, head) = asked ? log.slot_lse(slot, head) : asked_nothing;
         float* to = &log.q(layer, s, head, 0);
         for (std::ptrdiff_t d = 0; d < log.q.extent(3); ++d) to[d] = asked ? q(slot, head, d) : 0.0f;
       }

@@ -22,6 +22,7 @@
 #include "attend_record.cuh"
 #include "attend_tensor_tile.cuh"
 #include "context.cuh"
+#include "key_recording.cuh"
 
 namespace specattn::inline v0_1::detail {
 

@@ -226,6 +226,7 @@ class decoder<T, Target, Draft, Guide, cuda> {
     }
     key_.sparse = key_.sparse && (key_.drafts > 0 || !guide_->needs().draft_weights);
     key_.max_len = detail::length_bucket(longest, sizes_.positions);
+    key_.listed = options_.sparse_draft && key_.drafts > 0 && turns_.may_continue(key_.rows);
     key_.reuse = key_.drafts > 0 && (key_.sparse || options_.sparse_draft) &&
                  turns_.may_reuse(options_.record_every, key_.rows, key_.sparse);
     return true;
@@ -266,7 +267,7 @@ class decoder<T, Target, Draft, Guide, cuda> {
     }
     verifier_->cache().publish(*ctx_);
     if (drafter_) drafter_->cache().publish(*ctx_);
-    turns_.take(key_.rows, key_.sparse, any_dense, key_.reuse);
+    turns_.take(key_.rows, key_.drafts > 0, key_.sparse, any_dense, key_.reuse);
   }
 
   /// Where it is due, rewrites a row's keys and values since the last exact one. Returns whether it was.
@@ -289,6 +290,7 @@ class decoder<T, Target, Draft, Guide, cuda> {
   void queue_round() {
     const auto n = static_cast<std::int32_t>(key_.rows.size());
     detail::round_arrays round = exchange_.arrays(n, key_.drafts);
+    round.listed = key_.listed;
     round.reuse = key_.reuse;
     const auto* const drafter = drafter_ ? &*drafter_ : nullptr;
     round_state<T, cuda> state = verifier_->state(round, key_, drafter);
@@ -354,8 +356,9 @@ class decoder<T, Target, Draft, Guide, cuda> {
     const std::int64_t drafts = key_.drafts, growth = drafts * (drafts - 1) / 2;
     const std::int64_t a_draft_position = std::int64_t{drafter_->shape().layers} * drafter_->shape().kv_heads;
     counts.draft_rows_dense = a_draft_position * (drafts * length + growth);
-    const std::int64_t sparse_steps = options_.sparse_draft ? drafts - (key_.reuse ? 0 : 1) : 0;
-    counts.draft_rows_read = counts.draft_rows_dense - sparse_steps * out.draft_left_out;
+    counts.draft_rows_read = counts.draft_rows_dense - drafts * out.draft_left_out;
+    if (drafter_->records() && !key_.reuse)  // keys alone: half of a row
+      counts.draft_rows_read += (a_draft_position * (length - 1) + 1) / 2;
     return counts;
   }
 

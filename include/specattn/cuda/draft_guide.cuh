@@ -137,7 +137,7 @@ class draft_guide<cuda> : public detail::draft_guide_memory<cuda> {
 
   template <storage T>
   void weigh(context<cuda>& ctx, const round_state<T, cuda>& round, view<fp16, 3, cuda> out) {
-    importance_args<cuda, float, fp16> args;
+    importance_args<cuda, fp16, fp16> args;
     args.draft_weights = round.draft_weights;
     args.masses = round.draft_masses;
     args.history = history_of(round.rows);

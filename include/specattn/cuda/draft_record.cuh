@@ -1,4 +1,4 @@
-// What a draft's steps leave behind on the device: masses of recorded rows, and a sparse draft's own lists.
+// Lists of a round on the device: a sparse draft's own, the verify pass's, and what the host is told of them.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../key_recording.hpp"
 #include "../selection.hpp"
 #include "round_layout.cuh"
 
@@ -13,42 +14,7 @@ namespace specattn::inline v0_1::detail {
 
 inline constexpr int record_threads = 256;
 
-__device__ __forceinline__ float warp_sum(float value) {
-  for (int apart = 16; apart > 0; apart /= 2) value += __shfl_xor_sync(~0u, value, apart);
-  return value;
-}
-
-/// Sums of recorded rows over the round's prefix.
-struct masses_launch {
-  round_arrays round;
-  const float* weights;                  // [steps, rows of a step, capacity]
-  float* masses;                         // [steps, rows of a step]
-  std::ptrdiff_t rows, steps, capacity;  // rows of a step: layers * sequences * heads
-  std::int32_t heads;
-};
-
-/// A warp takes a row. It sums to one over its prefix and tail, and the tail is short: unless the tail holds nearly
-/// everything, the mass is what it leaves.
-static __global__ void __launch_bounds__(record_threads) masses_kernel(const __grid_constant__ masses_launch launch) {
-  const std::ptrdiff_t row = std::ptrdiff_t{blockIdx.x} * (record_threads / 32) + threadIdx.x / 32;
-  if (row >= launch.steps * launch.rows) return;
-  const auto lane = static_cast<std::int32_t>(threadIdx.x) % 32;
-  const auto step = static_cast<std::int32_t>(row / launch.rows);
-  const auto s = static_cast<std::int32_t>(row % launch.rows / launch.heads % launch.round.sequences);
-  const std::int32_t prefix = launch.round.input[s].text_len - 1, length = prefix + 1 + step;
-  const float* weights = launch.weights + row * launch.capacity;
-  float tail = 0.0f;
-  for (std::int32_t i = prefix + lane; i < length; i += 32) tail += weights[i];
-  float mass = 1.0f - warp_sum(tail);
-  if (mass <= 0.01f) {  // the difference would have lost its digits
-    mass = 0.0f;
-    for (std::int32_t i = lane; i < prefix; i += 32) mass += weights[i];
-    mass = warp_sum(mass);
-  }
-  if (lane == 0) launch.masses[row] = mass;
-}
-
-/// The length of what a sparse draft's selection is made from: the whole text, cached by the first step.
+/// Before a round's lists are selected: what they are selected from is its prefix.
 struct own_lengths_launch {
   round_arrays round;
   std::int32_t* lengths;  // [layers, sequences, kv_heads]
@@ -58,94 +24,64 @@ struct own_lengths_launch {
 static __global__ void __launch_bounds__(record_threads)
     own_lengths_kernel(const __grid_constant__ own_lengths_launch launch) {
   const auto g = static_cast<std::int32_t>(blockIdx.x * record_threads + threadIdx.x);
-  if (g < launch.groups)
-    launch.lengths[g] = launch.round.input[g / launch.kv_heads % launch.round.sequences].text_len;
+  if (g < launch.groups) launch.lengths[g] = launch.round.prefix_lens[g / launch.kv_heads % launch.round.sequences];
 }
 
-/// The heads of a group added up: what a sparse draft's lists are selected from.
+/// The mean of a group's heads, each of unit mass: what a sparse draft's lists are selected from.
 struct add_heads_launch {
   round_arrays round;
-  const float* weights;  // [groups, heads of a group, capacity] the first step's: each row sums to one over the text
-  float* sums;           // [groups, capacity]
-  std::ptrdiff_t capacity;
+  const fp16* weights;      // [groups, heads of a group, capacity]
+  const float* masses;      // [groups, heads of a group]
+  fp16* sums;               // [groups, capacity]
+  std::ptrdiff_t capacity;  // whole 16 bytes
   std::int32_t heads, kv_heads;
 };
 
-/// A thread adds four positions; blockIdx.y is the group.
+inline constexpr int add_heads_positions = 8;  ///< of a thread: 16 bytes
+
+/// blockIdx.y is the group.
 static __global__ void __launch_bounds__(record_threads)
     add_heads_kernel(const __grid_constant__ add_heads_launch launch) {
-  const std::ptrdiff_t group = blockIdx.y, at = (std::ptrdiff_t{blockIdx.x} * record_threads + threadIdx.x) * 4;
-  const auto s = static_cast<std::int32_t>(group / launch.kv_heads % launch.round.sequences);
-  if (at >= launch.round.input[s].text_len) return;
-  const float* const rows = launch.weights + group * launch.heads * launch.capacity + at;
-  float4 sum = *reinterpret_cast<const float4*>(rows);
-  for (std::int32_t head = 1; head < launch.heads; ++head) {
-    const float4 more = *reinterpret_cast<const float4*>(rows + head * launch.capacity);
-    sum = {sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w};
+  constexpr int width = add_heads_positions;
+  struct alignas(16) piece {
+    fp16 elements[width];
+  };
+  const std::ptrdiff_t group = blockIdx.y;
+  const std::ptrdiff_t at = (std::ptrdiff_t{blockIdx.x} * record_threads + threadIdx.x) * width;
+  if (at >= launch.round.prefix_lens[group / launch.kv_heads % launch.round.sequences]) return;
+  const fp16* const rows = launch.weights + group * launch.heads * launch.capacity + at;
+  float sums[width] = {};
+#pragma unroll 4
+  for (std::int32_t head = 0; head < launch.heads; ++head) {
+    const auto more = *reinterpret_cast<const piece*>(rows + head * launch.capacity);
+    const float mass = launch.masses[group * launch.heads + head];
+    const float factor = mass > 0.0f ? 1.0f / (mass * recorded_unit<cuda> * static_cast<float>(launch.heads)) : 0.0f;
+    for (int i = 0; i < width; ++i) sums[i] = fmaf(factor, to_float(more.elements[i]), sums[i]);
   }
-  *reinterpret_cast<float4*>(launch.sums + group * launch.capacity + at) = sum;
+  piece out;
+  for (int i = 0; i < width; ++i) out.elements[i] = from_float<fp16>(sums[i]);
+  *reinterpret_cast<piece*>(launch.sums + group * launch.capacity + at) = out;
 }
 
-/// A sparse step: its recorded rows, and the lists it read.
-struct sparse_step_launch {
-  round_arrays round;
-  std::int32_t step;
-  selection_view<cuda> kept;  // [layers * sequences * kv_heads]
-  const float* recorded;      // [layers * sequences * heads, capacity] entries as listed
-  float* weights;             // [layers * sequences * heads, capacity] the first step's
-  float* masses;              // [layers * sequences * heads] the first step's, and what was added since
-  std::ptrdiff_t rows, capacity;
-  std::int32_t heads, kv_heads;
-};
-
-/// Adds a sparse step's weights over its kept positions to the first step's row, scaled to that row's mass. A CTA takes
-/// a row.
-static __global__ void __launch_bounds__(record_threads)
-    add_kept_kernel(const __grid_constant__ sparse_step_launch launch) {
-  __shared__ float parts[record_threads / 32];
-  const std::ptrdiff_t row = blockIdx.x;
-  const std::int32_t group_heads = launch.heads / launch.kv_heads;
-  const std::ptrdiff_t list = row / launch.heads * launch.kv_heads + row % launch.heads / group_heads;
-  const auto s = static_cast<std::int32_t>(row / launch.heads % launch.round.sequences);
-  const std::int32_t prefix = launch.round.input[s].text_len - 1;
-  const std::int32_t listed = launch.kept.counts[list];
-  const std::int32_t count = listed == keep_all ? prefix : listed;
-  const auto thread = static_cast<std::int32_t>(threadIdx.x);
-  const float* recorded = launch.recorded + row * launch.capacity;
-  const auto position = [&](std::int32_t i) { return listed == keep_all ? i : launch.kept.positions(list, i); };
-  float sum = 0.0f;
-  for (std::int32_t i = thread; i < count; i += record_threads) sum += position(i) < prefix ? recorded[i] : 0.0f;
-  sum = warp_sum(sum);
-  if (thread % 32 == 0) parts[thread / 32] = sum;
-  __syncthreads();
-  sum = 0.0f;
-  for (const float part : parts) sum += part;
-  if (!(sum > 0.0f)) return;
-  const float share =
-      launch.masses[row] / static_cast<float>(launch.step);  // of the first row: so many are in already
-  for (std::int32_t i = thread; i < count; i += record_threads) {
-    if (position(i) < prefix) launch.weights[row * launch.capacity + position(i)] += share / sum * recorded[i];
-  }
-  __syncthreads();
-  if (thread == 0) launch.masses[row] += share;
-}
-
-/// Before a sparse step: its lists take in what was cached since they were selected.
+/// A sparse draft's lists: as they stand in `kept`, grown to a step's prefix, they are their first `selected` entries,
+/// which were selected from `lengths` positions, and all since.
 struct step_lists_launch {
   round_arrays round;
-  selection_view<cuda> kept;  // [layers * sequences * kv_heads]
-  std::int32_t* selected;     // [same] their counts when they were selected
+  selection_view<cuda> kept;     // [layers * sequences * kv_heads]
+  const std::int32_t* selected;  // [same] counts
+  const std::int32_t* lengths;   // [same]
+  std::int32_t* left_out;        // [same] positions that they leave out
   std::int32_t kv_heads;
-  bool fresh;  // they have just been
 };
 
+/// Before a sparse step.
 static __global__ void __launch_bounds__(record_threads)
     step_lists_kernel(const __grid_constant__ step_lists_launch launch) {
   const auto g = static_cast<std::int32_t>(blockIdx.x * record_threads + threadIdx.x);
   if (g >= launch.kept.groups()) return;
-  const std::int32_t s = g / launch.kv_heads % launch.round.sequences;
-  if (launch.fresh) launch.selected[g] = launch.kept.counts[g];
-  grow_list(launch.kept, g, launch.selected[g], launch.round.recorded_lens[s], launch.round.draft_lens[s]);
+  const std::int32_t selected = launch.selected[g], length = launch.lengths[g];
+  launch.left_out[g] = selected == keep_all ? 0 : length - selected;
+  grow_list(launch.kept, g, selected, length, launch.round.draft_lens[g / launch.kv_heads % launch.round.sequences]);
 }
 
 // ---- the verify pass's lists ----------------------------------------------------------------------------------
@@ -154,7 +90,8 @@ struct kept_launch {
   round_arrays round;
   selection_view<cuda> kept;  // [layers * sequences * kv_heads]; empty: the round is dense
   std::int32_t* selected;     // [same] their counts when they were selected
-  selection_view<cuda> own;   // a sparse draft's, as they were selected; empty: there is none
+  const std::int32_t*
+      own_left_out;  // [own_layers, sequences, own_kv_heads] of a sparse draft's lists; null: there is none
   std::int32_t layers, kv_heads, dense_layers;
   std::int32_t own_layers, own_kv_heads;
 };
@@ -204,12 +141,12 @@ static __global__ void __launch_bounds__(32) report_kernel(const __grid_constant
     out.rows_read = entries_of(launch.kept, s, r.sequences, launch.layers, launch.kv_heads, prefix, all);
   out.rows_read += std::int64_t{launch.layers} * launch.kv_heads * (r.input[s].drafts + 1);
   out.dense = all ? 1 : 0;
-  if (!launch.own.counts.empty()) {
-    const std::int32_t length = r.recorded_lens[s];
-    bool ignored = true;
-    out.draft_left_out =
-        std::int64_t{launch.own_layers} * launch.own_kv_heads * length -
-        entries_of(launch.own, s, r.sequences, launch.own_layers, launch.own_kv_heads, length, ignored);
+  if (launch.own_left_out != nullptr) {
+    std::int64_t left_out = 0;
+    for (auto i = static_cast<std::int32_t>(threadIdx.x); i < launch.own_layers * launch.own_kv_heads; i += 32)
+      left_out += launch.own_left_out[(i / launch.own_kv_heads * r.sequences + s) * launch.own_kv_heads +
+                                      i % launch.own_kv_heads];
+    out.draft_left_out = warp_sum(left_out);
   }
   out.accepted = r.accepted[s];
   out.next = r.next[s];

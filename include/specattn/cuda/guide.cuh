@@ -24,7 +24,8 @@ struct round_state<T, cuda> {
   view<const std::int32_t, 1, cuda> kv_lens;   ///< [sequences] prefix of the verify pass
   view<const std::int32_t, 1, cuda> fresh;     ///< [sequences] 1: the first round of what stands in this cache row
   view<const std::int32_t, 1, cuda> accepted;  ///< [sequences] valid in after_verify
-  view<const float, 5, cuda> draft_weights;    ///< as on the cpu; every sequence has recorded every step
+  /// As on the cpu, in multiples of recorded_unit<cuda>; every sequence has recorded every step.
+  view<const fp16, 5, cuda> draft_weights;
   view<const float, 4, cuda> draft_masses;
   view<const float, 4, cuda> target_weights;
   selection_view<cuda> kept;  ///< [layers * sequences * kv_heads] the decision

@@ -7,7 +7,6 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 
 #include "../key_recording.hpp"
 #include "context.cuh"
@@ -36,8 +35,7 @@ static __global__ void __launch_bounds__(query_threads)
   const auto thread = static_cast<std::int32_t>(blockIdx.y * query_threads + threadIdx.x);
   for (std::int32_t i = thread; i < heads * head_dim; i += static_cast<std::int32_t>(gridDim.y) * query_threads)
     launch.q_out(s, i / head_dim, i % head_dim) = asked ? launch.q(slot, i / head_dim, i % head_dim) : 0.0f;
-  if (thread < heads)
-    launch.lse_out(s, thread) = asked ? launch.slot_lse(slot, thread) : std::numeric_limits<float>::infinity();
+  if (thread < heads) launch.lse_out(s, thread) = asked ? launch.slot_lse(slot, thread) : asked_nothing;
 }
 
 /// A warp adds up a row's parts.

@@ -7,7 +7,6 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 
 #include "../key_recording.hpp"
 #include "mma.cuh"
@@ -174,8 +173,7 @@ class record_tile {
       const split_pair low = split<T>(at(d), at(d + 1)), high = split<T>(at(d + 8), at(d + 9));
       queries_[i] = {low.high, high.high, low.low, high.low};
       if (i / 32 % depths == 0 && i % 4 == 0)
-        bases_[column * 8 + n] =
-            exists ? place_.lse(step, head) * log2_e - log2f(place_.share()) : std::numeric_limits<float>::infinity();
+        bases_[column * 8 + n] = exists ? place_.lse(step, head) * log2_e - log2f(place_.share()) : asked_nothing;
     }
   }
 

@@ -22,6 +22,7 @@ struct round_key {
   std::int32_t max_len = 0;  ///< of the texts
   bool sparse = false;       ///< the guide decides what is read
   bool sampled = false;      ///< some sequence is not greedy
+  bool listed = false;       ///< a sparse draft has lists to read
   bool reuse = false;        ///< of lists that a round before has selected
   friend bool operator==(const round_key&, const round_key&) = default;
 };

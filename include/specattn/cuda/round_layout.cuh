@@ -36,10 +36,11 @@ struct sequence_output {
   std::int32_t undrafted;  ///< 1: some draft step had no token to draw
 };
 
-/// Device arrays of a round. `sequences`, `drafts` and `reuse` are fixed when a round is captured.
+/// Device arrays of a round. `sequences`, `drafts`, `listed` and `reuse` are fixed when a round is captured.
 struct round_arrays {
   std::int32_t sequences = 0;
   std::int32_t drafts = 0;  // of each sequence
+  bool listed = false;      // a sparse draft has lists, from whatever round recorded last
   bool reuse = false;       // the round reads what one before has selected, and the positions since
   const sequence_input* input = nullptr;
   const sampler_options* samplers = nullptr;

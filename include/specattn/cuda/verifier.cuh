@@ -96,14 +96,14 @@ class device_verifier {
     kept_launch lists{.round = round,
                       .kept = state.kept,
                       .selected = selected_.data(),
-                      .own = {},
+                      .own_left_out = nullptr,
                       .layers = shape_.layers,
                       .kv_heads = shape_.kv_heads,
                       .dense_layers = dense_layers_,
                       .own_layers = 0,
                       .own_kv_heads = 0};
     if (drafter == nullptr) return lists;
-    lists.own = drafter->selected_lists(round);
+    lists.own_left_out = drafter->left_out(round);
     lists.own_layers = drafter->shape().layers;
     lists.own_kv_heads = drafter->shape().kv_heads;
     return lists;
