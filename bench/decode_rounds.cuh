@@ -244,7 +244,7 @@ inline share_rules find_rules(specattn::context<device>& ctx, loaded_pair& model
   for (int turn = 0; turn < 10; ++turn) {
     float* const sides[2] = {&rules.guide.top_p, &rules.draft.top_p};
     for (int i = 0; i < 2; ++i) *sides[i] = 0.5f * (low[i] + high[i]);
-    round_plan plan = round_plan::of(what, 2, rules);
+    round_plan plan = round_plan::of(what, 4, rules);
     plan.batch = 1;
     plan.sparse_draft = true;
     specattn::draft_guide<device> guide(random_alignment(target, draft, 32), rules.guide);
