@@ -254,7 +254,7 @@ inline share_rules find_rules(specattn::context<device>& ctx, loaded_pair& model
       const specattn::decode_counts& counts = decoder.last_round().counts;
       const auto dense = static_cast<double>(counts.draft_rows_dense);
       const double keys =
-          0.25 * dense;  // that the recording read: half a row of each, where two steps read whole ones
+          0.125 * dense;  // that the recording read: half a row of each, where four steps read whole ones
       const double shares[2] = {static_cast<double>(counts.kv_rows_read) / static_cast<double>(counts.kv_rows_dense),
                                 (static_cast<double>(counts.draft_rows_read) - keys) / dense};
       for (int i = 0; i < 2; ++i) (shares[i] > what.kept ? high : low)[i] = *sides[i];
