@@ -7,7 +7,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -35,6 +34,7 @@ struct shape {
   std::int32_t heads() const { return kv_heads * group; }
   std::int32_t capacity() const { return *std::max_element(kv_lens.begin(), kv_lens.end()) + room; }
   std::int32_t rows() const { return each ? steps : 1; }
+  std::int32_t slots() const { return sequences() + 2; }
 };
 
 /// Numbers for a shape, and what they make.
@@ -43,7 +43,7 @@ struct problem {
   shape of;
   std::vector<T> keys;  // [layers, cache rows, pages, kv_heads, page, head_dim]
   std::vector<float> q, lse;
-  std::vector<std::int32_t> table, cache_rows;
+  std::vector<std::int32_t> table, cache_rows, slot_of;
   std::int32_t pages, page;
   std::ptrdiff_t layer_stride;
 
@@ -58,25 +58,27 @@ struct problem {
     layer_stride = std::ptrdiff_t{n} * pages * page * s.kv_heads * s.head_dim;
     keys.resize(static_cast<std::size_t>(s.layers * layer_stride + s.shift));
     for (T& x : keys) x = specattn::from_float<T>(normal(random));
-    q.resize(static_cast<std::size_t>(s.steps * s.layers * n * s.heads() * s.head_dim));
+    for (std::int32_t i = 0; i < s.steps * n; ++i) slot_of.push_back((i % n + i / n) % s.slots());
+    q.resize(static_cast<std::size_t>(s.steps * s.layers * s.slots() * s.heads() * s.head_dim));
     for (float& x : q) x = 1.5f * normal(random);
-    lse.resize(static_cast<std::size_t>(s.steps * s.layers * n * s.heads()));
-    for (std::size_t i = 0; i < lse.size(); ++i) lse[i] = exact_lse(i);
-    if (!s.absent) return;
-    for (std::int32_t layer = 0; layer < s.layers; ++layer)
-      for (std::int32_t h = 0; h < s.heads(); ++h)
-        lse[row_of(s.steps - 1, layer, n - 1, h)] = std::numeric_limits<float>::infinity();
+    lse.assign(static_cast<std::size_t>(s.steps * s.layers * s.slots() * s.heads()), 0.0f);
+    for (std::int32_t step = 0; step < s.steps; ++step)
+      for (std::int32_t part = 0; part < s.layers * n * s.heads(); ++part)
+        lse[row_of(step, part)] = exact_lse(step, part);
+    if (s.absent) slot_of.back() = -1;
   }
 
-  std::size_t row_of(std::int32_t step, std::int32_t layer, std::int32_t s, std::int32_t head) const {
-    return static_cast<std::size_t>(((step * of.layers + layer) * of.sequences() + s) * of.heads() + head);
+  std::int32_t sequence_of(std::int32_t part) const { return part / of.heads() % of.sequences(); }
+  /// Of a step: what (layer, sequence, head) `part` asks by.
+  std::size_t row_of(std::int32_t step, std::int32_t part) const {
+    const std::int32_t slot = slot_of[static_cast<std::size_t>(step * of.sequences() + sequence_of(part))];
+    const std::int32_t layer = part / of.heads() / of.sequences();
+    return static_cast<std::size_t>(((step * of.layers + layer) * of.slots() + slot) * of.heads() +
+                                    part % of.heads());
   }
-  double score(std::size_t row, std::int32_t position) const {
-    const auto head = static_cast<std::int32_t>(row % static_cast<std::size_t>(of.heads()));
-    const auto s = static_cast<std::size_t>(row / static_cast<std::size_t>(of.heads())) %
-                   static_cast<std::size_t>(of.sequences());
-    const auto layer =
-        static_cast<std::ptrdiff_t>(row / static_cast<std::size_t>(of.heads() * of.sequences())) % of.layers;
+  double score(std::int32_t step, std::int32_t part, std::int32_t position) const {
+    const std::int32_t head = part % of.heads(), layer = part / of.heads() / of.sequences();
+    const std::size_t row = row_of(step, part), s = static_cast<std::size_t>(sequence_of(part));
     const std::int32_t entry = table[static_cast<std::size_t>(cache_rows[s] * pages + position / page)];
     const std::ptrdiff_t at = layer * layer_stride + std::ptrdiff_t{entry} * page * of.kv_heads * of.head_dim +
                               (std::ptrdiff_t{head / of.group} * page + position % page) * of.head_dim + of.shift;
@@ -87,11 +89,10 @@ struct problem {
     return sum * (of.scale != 0.0f ? double{of.scale} : 1.0 / std::sqrt(double{static_cast<double>(of.head_dim)}));
   }
   /// Of the prefix and as much again: rows have a mass of one half.
-  float exact_lse(std::size_t row) const {
-    const std::int32_t length =
-        of.kv_lens[row / static_cast<std::size_t>(of.heads()) % static_cast<std::size_t>(of.sequences())];
+  float exact_lse(std::int32_t step, std::int32_t part) const {
+    const std::int32_t length = of.kv_lens[static_cast<std::size_t>(sequence_of(part))];
     double sum = 0.0;
-    for (std::int32_t i = 0; i < length; ++i) sum += std::exp(score(row, i));
+    for (std::int32_t i = 0; i < length; ++i) sum += std::exp(score(step, part, i));
     return static_cast<float>(std::log(2.0 * (length == 0 ? 1.0 : sum)));
   }
 };
@@ -110,13 +111,14 @@ answer run(Fixture& fixture, const problem<T>& p) {
   const auto keys = fixture.upload(p.keys);
   const auto q = fixture.upload(p.q), lse = fixture.upload(p.lse);
   const auto table = fixture.upload(p.table), cache_rows = fixture.upload(p.cache_rows),
-             lens = fixture.upload(s.kv_lens);
+             lens = fixture.upload(s.kv_lens), slots = fixture.upload(p.slot_of);
   const stored stale = specattn::from_float<stored>(-7.0f);
   const auto weights = fixture.upload(std::vector<stored>(static_cast<std::size_t>(rows * s.capacity()), stale));
   const auto masses = fixture.upload(std::vector<float>(static_cast<std::size_t>(rows)));
   specattn::key_recording_args<T, B> args;
-  args.q = q.shaped({s.steps, s.layers, n, s.heads(), s.head_dim});
-  args.lse = lse.shaped({s.steps, s.layers, n, s.heads()});
+  args.q = q.shaped({s.steps, s.layers, s.slots(), s.heads(), s.head_dim});
+  args.lse = lse.shaped({s.steps, s.layers, s.slots(), s.heads()});
+  args.slot_of = slots.shaped({s.steps, n});
   args.kv.keys = const_cast<T*>(keys.data()) + s.shift;
   args.kv.page_stride = std::ptrdiff_t{p.page} * s.kv_heads * s.head_dim;
   args.kv.position_stride = s.head_dim;
@@ -151,9 +153,8 @@ void equals_definition(Fixture& fixture, const shape& s) {
   bool untouched = true;
   std::size_t row = 0;
   for (std::int32_t r = 0; r < s.rows(); ++r) {
-    for (std::size_t part = 0; part < static_cast<std::size_t>(s.layers * s.sequences() * s.heads()); ++part, ++row) {
-      const std::int32_t length =
-          s.kv_lens[part / static_cast<std::size_t>(s.heads()) % static_cast<std::size_t>(s.sequences())];
+    for (std::int32_t part = 0; part < s.layers * s.sequences() * s.heads(); ++part, ++row) {
+      const std::int32_t length = s.kv_lens[static_cast<std::size_t>(p.sequence_of(part))];
       double mass = 0.0;
       for (std::int32_t i = 0; i < s.capacity(); ++i) {
         const double weight =
@@ -164,9 +165,8 @@ void equals_definition(Fixture& fixture, const shape& s) {
         }
         double exact = 0.0;
         for (std::int32_t t = s.each ? r : 0; t < (s.each ? r + 1 : s.steps); ++t) {
-          const std::size_t asked =
-              static_cast<std::size_t>(t) * static_cast<std::size_t>(s.layers * s.sequences() * s.heads()) + part;
-          exact += std::exp(p.score(asked, i) - double{p.lse[asked]}) / (s.each ? 1 : s.steps);
+          if (p.slot_of[static_cast<std::size_t>(t * s.sequences() + p.sequence_of(part))] < 0) continue;
+          exact += std::exp(p.score(t, part, i) - double{p.lse[p.row_of(t, part)]}) / (s.each ? 1 : s.steps);
         }
         mass += exact;
         const double off = std::abs(weight - exact) / (exact + 1e-7);
@@ -247,29 +247,16 @@ TEST_CASE_TEMPLATE("record_keys: the same numbers every time", Fixture, key_fixt
   }
 }
 
-TEST_CASE_TEMPLATE("keep_queries: the newest slot's queries, and +infinity for sequences without slots", Fixture,
-                   key_fixture) {
+TEST_CASE_TEMPLATE("keep_queries: every slot's queries, and nothing behind them", Fixture, key_fixture) {
   using B = typename Fixture::backend;
   Fixture fixture;
-  const std::vector<std::int32_t> offsets = {0, 2, 2, 3};
-  std::vector<float> numbers(3 * 2 * 4), lse = {1, 2, 3, 4, 5, 6};
+  std::vector<float> numbers(3 * 2 * 4);
   for (std::size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<float>(i + 1);
-  const auto slot_offsets = fixture.upload(offsets);
-  const auto q = fixture.upload(numbers), slot_lse = fixture.upload(lse),
-             out = fixture.upload(std::vector<float>(2 * 3 * 8, -1.0f)),
-             lse_out = fixture.upload(std::vector<float>(2 * 3 * 2, -1.0f));
-  const specattn::query_log<B> log{out.shaped({2, 3, 2, 4}), lse_out.shaped({2, 3, 2}), slot_lse.shaped({3, 2})};
-  specattn::detail::key_recording_impl<B>::keep_queries(fixture.context(), slot_offsets.shaped({4}),
-                                                        q.shaped({3, 2, 4}), log, 1);
-  const auto kept = fixture.download(out), found = fixture.download(lse_out);
-  for (std::size_t i = 0; i < 24; ++i) CHECK(kept[i] == -1.0f);  // the other layer's
-  for (std::size_t i = 0; i < 8; ++i) {
-    CHECK(kept[24 + i] == static_cast<float>(8 + i + 1));
-    CHECK(kept[24 + 8 + i] == 0.0f);
-    CHECK(kept[24 + 16 + i] == static_cast<float>(16 + i + 1));
-  }
-  const float none = std::numeric_limits<float>::infinity();
-  CHECK(std::vector<float>(found.begin() + 6, found.end()) == std::vector<float>{3, 4, none, none, 5, 6});
+  const auto q = fixture.upload(numbers), kept = fixture.upload(std::vector<float>(4 * 8, -1.0f));
+  specattn::detail::key_recording_impl<B>::keep_queries(fixture.context(), q.shaped({3, 2, 4}),
+                                                        kept.shaped({4, 2, 4}));
+  numbers.resize(4 * 8, -1.0f);
+  CHECK(fixture.download(kept) == numbers);
 }
 
 TEST_CASE_TEMPLATE("record_keys: misuse throws a message that names the values", Fixture, key_fixture) {
@@ -279,11 +266,13 @@ TEST_CASE_TEMPLATE("record_keys: misuse throws a message that names the values",
              masses = fixture.upload(std::vector<float>(8));
   const auto weights = fixture.upload(std::vector<specattn::recorded_weight<B>>(8 * 16));
   const auto table = fixture.upload(std::vector<std::int32_t>{0}),
-             lens = fixture.upload(std::vector<std::int32_t>{9, 9});
+             lens = fixture.upload(std::vector<std::int32_t>{9, 9}),
+             slots = fixture.upload(std::vector<std::int32_t>{0, 0, 0});
   const auto refused = [&](auto spoil, const char* part) {
     specattn::key_recording_args<float, B> args;
     args.q = q.shaped({2, 1, 1, 4, 8});
     args.lse = lse.shaped({2, 1, 1, 4});
+    args.slot_of = slots.shaped({2, 1});
     args.kv.kv_heads = 2;
     args.kv.head_dim = 8;
     args.kv.block_table = table.shaped({1, 1});
@@ -297,7 +286,8 @@ TEST_CASE_TEMPLATE("record_keys: misuse throws a message that names the values",
   using args = specattn::key_recording_args<float, B>;
   refused([](args& a) { a.kv.kv_heads = 3; }, "4 q_heads over 3 kv_heads");
   refused([](args& a) { a.kv.head_dim = 16; }, "q has head_dim 8 of stride 1, the cache 16");
-  refused([&](args& a) { a.kv_lens = lens.shaped({2}); }, "2 kv_lens and 0 cache_rows for 1 sequences");
+  refused([&](args& a) { a.slot_of = slots.shaped({3, 1}); }, "slot_of [3, 1] and 0 cache_rows for 2 steps of 1 seq");
+  refused([&](args& a) { a.cache_rows = lens.shaped({2}); }, "slot_of [2, 1] and 2 cache_rows for 2 steps of 1 seq");
   refused(
       [&](args& a) {
         a.key_scales = masses.shaped({1, 2});

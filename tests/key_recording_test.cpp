@@ -16,12 +16,13 @@ TEST_CASE("record_keys: data out of range throws a message that names the values
   cpu_fixture fixture;
   const std::vector<float> q(4 * 8), lse(4), keys(16 * 8);
   std::vector<float> weights(4 * 16), masses(4);
-  std::vector<std::int32_t> table = {0}, lens = {9}, rows = {0};
+  std::vector<std::int32_t> table = {0}, lens = {9}, rows = {0}, slots = {0};
   const auto refused = [&](auto spoil, const char* part) {
-    lens = {9}, rows = {0};
+    lens = {9}, rows = {0}, slots = {0};
     specattn::key_recording_args<float> args;
     args.q = {q.data(), {1, 1, 1, 4, 8}};
     args.lse = {lse.data(), {1, 1, 1, 4}};
+    args.slot_of = {slots.data(), {1, 1}};
     args.kv.keys = const_cast<float*>(keys.data());
     args.kv.kv_heads = 4;
     args.kv.head_dim = 8;
@@ -37,6 +38,7 @@ TEST_CASE("record_keys: data out of range throws a message that names the values
   using args = specattn::key_recording_args<float>;
   refused([&](args&) { lens[0] = -1; }, "kv_len -1");
   refused([&](args&) { lens[0] = 17; }, "kv_len 17, the recording holds 16");
+  refused([&](args&) { slots[0] = 1; }, "asks by slot 1 of 1");
   refused([&](args&) { rows[0] = 1; }, "cache row 1 of 1");
   refused([&](args& a) { a.kv.page_shift = 2; }, "has 9 positions, its block table 1 pages of 4");
 }

@@ -20,13 +20,14 @@ TEST_CASE("record_keys on the device: a captured graph follows lengths that chan
   const problem<bf16> p(s);
   const auto keys = fixture.upload(p.keys);
   const auto q = fixture.upload(p.q), lse = fixture.upload(p.lse);
-  const auto table = fixture.upload(p.table), lens = fixture.upload(s.kv_lens);
+  const auto table = fixture.upload(p.table), lens = fixture.upload(s.kv_lens), slots = fixture.upload(p.slot_of);
   const std::vector<fp16> stale(8 * 5000, specattn::from_float<fp16>(-7.0f));
   const auto weights = fixture.upload(stale), plain = fixture.upload(stale);
   const auto masses = fixture.upload(std::vector<float>(8)), plain_masses = fixture.upload(std::vector<float>(8));
   specattn::key_recording_args<bf16, specattn::cuda> args;
-  args.q = q.shaped({2, 1, 1, 8, 64});
-  args.lse = lse.shaped({2, 1, 1, 8});
+  args.q = q.shaped({2, 1, s.slots(), 8, 64});
+  args.lse = lse.shaped({2, 1, s.slots(), 8});
+  args.slot_of = slots.shaped({2, 1});
   args.kv.keys = const_cast<bf16*>(keys.data());
   args.kv.page_stride = p.layer_stride;
   args.kv.position_stride = 64;

@@ -42,12 +42,15 @@ class attention_pass {
   void operator()(std::int32_t layer, view<const float, 3, B> q, view<const float, 3, B> k, view<const float, 3, B> v,
                   view<float, 3, B> out) {
     cache_->append(*ctx_, layer, layout_, k, v);
+    if (!log_.empty())  // incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
+      detail::key_recording_impl<B>::keep_queries(*ctx_, q, log_.q[layer]);
     attend_to(layer, q, out);
   }
   /// The same for q and k not rotated yet; q is rotated in place.
   void operator()(std::int32_t layer, view<float, 3, B> q, view<const float, 3, B> k, view<const float, 3, B> v,
                   view<float, 3, B> out, const rotary_view<B>& rotary) {
     cache_->append_rotated(*ctx_, layer, layout_, q, k, v, rotary);
+    if (!log_.empty()) detail::key_recording_impl<B>::keep_queries(*ctx_, q, log_.q[layer]);
     attend_to(layer, q, out);
   }
 
@@ -68,10 +71,8 @@ class attention_pass {
       args.kept_sequence_stride = args.kv.kv_heads;
     }
     if (!weights_.empty()) args.recording = {weights_[layer], slots_};
-    if (!log_.empty()) args.lse = view<float, 2, B>(log_.slot_lse.data(), {q.extent(0), q.extent(1)});
+    if (!log_.empty()) args.lse = log_.lse[layer].slice(0, q.extent(0));
     attend(*ctx_, args);
-    if (!log_.empty())  // incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
-      detail::key_recording_impl<B>::keep_queries(*ctx_, layout_.slot_offsets, q, log_, layer);
   }
 
   context<B>* ctx_;

@@ -96,8 +96,7 @@ struct decode_sizes {
     recording_capacity = (std::ptrdiff_t{positions} + 63) / 64 * 64;
     const std::size_t heads = std::size_t(draft.layers) * std::size_t(sequences) * std::size_t(draft.q_heads);
     draft_weights = std::size_t(recorded_rows) * heads * std::size_t(recording_capacity);
-    draft_queries = std::size_t(steps) * heads;
-    slot_queries = 2 * std::size_t(sequences) * std::size_t(draft.q_heads);
+    draft_queries = 2 * std::size_t(steps) * heads;
     target_weights = std::size_t(target.layers) * std::size_t(verify_slots) * std::size_t(target.q_heads) *
                      std::size_t(recording_capacity);
   }
@@ -113,8 +112,7 @@ struct decode_sizes {
   std::ptrdiff_t draft_groups = 0;
   std::ptrdiff_t recording_capacity = 0;  ///< entries of a recorded row: positions, up to whole cache lines
   std::size_t draft_weights = 0;          ///< numbers
-  std::size_t draft_queries = 0;          ///< that recorded steps ask: steps * layers * sequences * q_heads
-  std::size_t slot_queries = 0;           ///< of a step's slots in one layer
+  std::size_t draft_queries = 0;          ///< that recorded steps ask, two slots a sequence in each layer
   std::size_t target_weights = 0;         ///< floats
 };
 

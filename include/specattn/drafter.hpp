@@ -38,6 +38,7 @@ class drafter {
     if (record_) weights_ = buffer<float, B>(sizes.draft_weights);
     if (options.sparse_draft) {
       queries_ = query_memory<B>(shape_, sizes);
+      slot_of_ = buffer<std::int32_t, B>(static_cast<std::size_t>(steps_) * sequences);
       kept_ = selection<B>(sizes.draft_groups, capacity_);
       selected_ = buffer<std::int32_t, B>(static_cast<std::size_t>(sizes.draft_groups));
       selected_lens_ = buffer<std::int32_t, B>(sequences);
@@ -154,7 +155,11 @@ class drafter {
     for (std::int32_t s = 0; sparse_ && s < batch.size; ++s) {
       if (slots_of(s) > 0) grow_lists(s, batch.size);
     }
-    if (records && options_.sparse_draft) pass.keep_queries(queries_.log(step, batch.size));
+    if (records && options_.sparse_draft) {
+      pass.keep_queries(queries_.log(step, batch.size));
+      for (std::int32_t s = 0; s < batch.size; ++s)
+        slot_of_.data()[step * batch.size + s] = slots_of(s) > 0 ? pass_.slot_offsets.data()[s + 1] - 1 : -1;
+    }
     if (records && !options_.sparse_draft) {
       pass.record(
           {weights_.data() + step * set_size(batch.size), {shape_.layers, batch.size, shape_.q_heads, capacity_}},
@@ -205,6 +210,7 @@ class drafter {
       sequences.at(batch.rows.data()[s]).counts += keys;
     }
     key_recording_args<T, B> args = queries_.asked(steps, n, cache_);
+    args.slot_of = slot_of_.shaped({steps, n});
     args.kv_lens = selected_lens_.shaped({n});
     args.cache_rows = batch.rows.shaped({n});
     args.weights = {weights_.data(), {1, shape_.layers, n, shape_.q_heads, capacity_}};
@@ -333,8 +339,9 @@ class drafter {
   bool sparse_ = false;  // there are lists to read
   bool reuse_ = false;   // this round records nothing
   pass_arrays pass_;
-  query_memory<B> queries_;   // of a sparse draft
-  buffer<float, B> weights_;  // [steps, layers, sequences, q_heads, positions]
+  query_memory<B> queries_;          // of a sparse draft
+  buffer<std::int32_t, B> slot_of_;  // [steps, sequences] who asked; -1: nobody
+  buffer<float, B> weights_;         // [steps, layers, sequences, q_heads, positions]
   selection<B> kept_;
   buffer<std::int32_t, B> selected_;       // counts of kept_ when it was selected
   buffer<std::int32_t, B> selected_lens_;  // [sequences] positions it was selected from

@@ -5,7 +5,6 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
-#include <limits>
 #include <type_traits>
 
 #include "backend.hpp"
@@ -24,13 +23,11 @@ using recorded_weight = std::conditional_t<std::same_as<B, cuda>, fp16, float>;
 template <backend B>
 inline constexpr float recorded_unit = std::same_as<B, cuda> ? 0x1p-15f : 1.0f;
 
-/// What a pass's newest slots asked: the queries of every layer, and the log-sum-exp each found among what it attended
-/// to. A sequence without slots has asked nothing, which a log-sum-exp of +infinity says.
+/// What a pass's slots asked: the queries of every layer, and the log-sum-exp each found among what it attended to.
 template <backend B = cpu>
 struct query_log {
-  view<float, 4, B> q;         ///< [layers, sequences, q_heads, head_dim], rotated; empty: nothing is kept
-  view<float, 3, B> lse;       ///< [layers, sequences, q_heads] natural log
-  view<float, 2, B> slot_lse;  ///< [slots or more, q_heads] scratch of one layer
+  view<float, 4, B> q;    ///< [layers, slots or more, q_heads, head_dim], rotated; empty: nothing is kept
+  view<float, 3, B> lse;  ///< [layers, slots or more, q_heads] natural log
 
   bool empty() const { return q.empty(); }
 };
@@ -38,8 +35,9 @@ struct query_log {
 /// Queries of several steps, the keys of the positions they are to be weighed over, and where the weights go.
 template <storage T, backend B = cpu>
 struct key_recording_args {
-  view<const float, 5, B> q;                  ///< [steps, layers, sequences, q_heads, head_dim], rotated
-  view<const float, 4, B> lse;                ///< [steps, layers, sequences, q_heads] natural log; +infinity: no step
+  view<const float, 5, B> q;                  ///< [steps, layers, slots, q_heads, head_dim], rotated
+  view<const float, 4, B> lse;                ///< [steps, layers, slots, q_heads] natural log
+  view<const std::int32_t, 2, B> slot_of;     ///< [steps, sequences] who asks for each; negative: nobody
   kv_view<T, B> kv;                           ///< the first layer's keys; its values and scales are not used
   std::ptrdiff_t layer_stride = 0;            ///< elements from one layer's keys to the next's
   view<const float, 2, B> key_scales;         ///< [layers, kv_heads] of fp8_e4m3; empty: 1
@@ -53,37 +51,36 @@ struct key_recording_args {
 
 namespace detail {
 
-inline constexpr float asked_nothing =
-    std::numeric_limits<float>::infinity();  ///< a log-sum-exp that makes no weights
-
 /// The backend's implementation.  // incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
-///   workspace_bytes(ctx, rows, kv_len), run(ctx, args), keep_queries(ctx, slot_offsets, q, log, layer)
+///   workspace_bytes(ctx, rows, kv_len), run(ctx, args), keep_queries(ctx, q, to)
 template <backend B>
 struct key_recording_impl;
 
 template <storage T, backend B>
 void check_key_recording(const key_recording_args<T, B>& a) {
-  const auto steps = a.q.extent(0), layers = a.q.extent(1), sequences = a.q.extent(2), q_heads = a.q.extent(3);
+  const auto steps = a.q.extent(0), layers = a.q.extent(1), slots = a.q.extent(2), q_heads = a.q.extent(3);
+  const auto sequences = a.kv_lens.extent(0);
   expects(a.kv.kv_heads > 0 && q_heads % a.kv.kv_heads == 0, "record_keys: ", q_heads, " q_heads over ",
           a.kv.kv_heads, " kv_heads: the first must be a multiple of the second");
   expects(a.q.extent(4) == a.kv.head_dim && a.q.stride(4) == 1, "record_keys: q has head_dim ", a.q.extent(4),
           " of stride ", a.q.stride(4), ", the cache ", a.kv.head_dim, "; its elements must be adjacent");
-  expects(a.kv_lens.extent(0) == sequences && (a.cache_rows.empty() || a.cache_rows.extent(0) == sequences),
-          "record_keys: ", a.kv_lens.extent(0), " kv_lens and ", a.cache_rows.extent(0), " cache_rows for ",
-          sequences, " sequences");
+  expects(a.slot_of.extent(0) == steps && a.slot_of.extent(1) == sequences &&
+              (a.cache_rows.empty() || a.cache_rows.extent(0) == sequences),
+          "record_keys: slot_of [", a.slot_of.extent(0), ", ", a.slot_of.extent(1), "] and ", a.cache_rows.extent(0),
+          " cache_rows for ", steps, " steps of ", sequences, " sequences");
   expects(a.key_scales.empty() ||
               (scaled_storage<T> && a.key_scales.extent(0) == layers && a.key_scales.extent(1) == a.kv.kv_heads),
           "record_keys: key_scales [", a.key_scales.extent(0), ", ", a.key_scales.extent(1), "] for ", layers,
           " layers of ", a.kv.kv_heads, " kv_heads", scaled_storage<T> ? "" : ", whose storage has none");
-  const auto is_per_row = [&](const auto& of, std::ptrdiff_t rows) {
+  const auto rows = a.weights.extent(0);
+  const auto is_per_row = [&](const auto& of) {
     return of.extent(0) == rows && of.extent(1) == layers && of.extent(2) == sequences && of.extent(3) == q_heads;
   };
-  const auto rows = a.weights.extent(0);
-  expects(is_per_row(a.lse, steps), "record_keys: lse is [", a.lse.extent(0), ", ", a.lse.extent(1), ", ",
-          a.lse.extent(2), ", ", a.lse.extent(3), "], needed [", steps, ", ", layers, ", ", sequences, ", ", q_heads,
-          "]");
-  expects((rows == 1 || rows == steps) && is_per_row(a.weights, rows) && is_per_row(a.masses, rows) &&
-              a.weights.stride(4) == 1,
+  expects(
+      a.lse.extent(0) == steps && a.lse.extent(1) == layers && a.lse.extent(2) == slots && a.lse.extent(3) == q_heads,
+      "record_keys: lse is [", a.lse.extent(0), ", ", a.lse.extent(1), ", ", a.lse.extent(2), ", ", a.lse.extent(3),
+      "], needed [", steps, ", ", layers, ", ", slots, ", ", q_heads, "]");
+  expects((rows == 1 || rows == steps) && is_per_row(a.weights) && is_per_row(a.masses) && a.weights.stride(4) == 1,
           "record_keys: weights are [", rows, ", ", a.weights.extent(1), ", ", a.weights.extent(2), ", ",
           a.weights.extent(3), ", …] of stride ", a.weights.stride(4), " with masses [", a.masses.extent(0), ", ",
           a.masses.extent(1), ", ", a.masses.extent(2), ", ", a.masses.extent(3), "], needed [1 or ", steps, ", ",

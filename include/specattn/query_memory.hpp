@@ -13,7 +13,7 @@
 
 namespace specattn::inline v0_1::detail {
 
-/// Queries and log-sum-exps of a round's recorded steps.
+/// Queries and log-sum-exps of a round's recorded steps, of as many slots as the largest step has: two a sequence.
 template <backend B>
 class query_memory {
  public:
@@ -21,26 +21,27 @@ class query_memory {
   query_memory(const model_shape& draft, const decode_sizes& sizes)
       : shape_(draft),
         q_(sizes.draft_queries * static_cast<std::size_t>(draft.head_dim)),
-        lse_(sizes.draft_queries),
-        slot_lse_(sizes.slot_queries) {}
+        lse_(sizes.draft_queries) {}
   static std::size_t bytes(const model_shape& draft, const decode_sizes& sizes) {
-    return (sizes.draft_queries * static_cast<std::size_t>(draft.head_dim + 1) + sizes.slot_queries) * sizeof(float);
+    return sizes.draft_queries * static_cast<std::size_t>(draft.head_dim + 1) * sizeof(float);
   }
 
   /// Where step `step` of a round of so many sequences leaves them.
   query_log<B> log(std::int32_t step, std::int32_t sequences) const {
-    const std::ptrdiff_t layers = shape_.layers, heads = shape_.q_heads, rows = layers * sequences * heads;
-    return {{q_.data() + step * rows * shape_.head_dim, {layers, sequences, heads, shape_.head_dim}},
-            {lse_.data() + step * rows, {layers, sequences, heads}},
-            slot_lse_.shaped({std::ptrdiff_t{2} * sequences, heads})};
+    const std::ptrdiff_t layers = shape_.layers, slots = 2 * sequences, heads = shape_.q_heads;
+    const std::ptrdiff_t first = step * layers * slots * heads;
+    return {{q_.data() + first * shape_.head_dim, {layers, slots, heads, shape_.head_dim}},
+            {lse_.data() + first, {layers, slots, heads}}};
   }
 
-  /// The first `steps` steps over the draft's cache; what is recorded, and over which prefixes, is left to the caller.
+  /// The first `steps` steps over the draft's cache. Who asked, what is recorded, and over which prefixes, is left to the
+  /// caller.
   template <storage T>
   key_recording_args<T, B> asked(std::int32_t steps, std::int32_t sequences, const kv_cache<T, B>& cache) const {
+    const std::ptrdiff_t slots = 2 * sequences;
     key_recording_args<T, B> args;
-    args.q = q_.shaped({steps, shape_.layers, sequences, shape_.q_heads, shape_.head_dim});
-    args.lse = lse_.shaped({steps, shape_.layers, sequences, shape_.q_heads});
+    args.q = q_.shaped({steps, shape_.layers, slots, shape_.q_heads, shape_.head_dim});
+    args.lse = lse_.shaped({steps, shape_.layers, slots, shape_.q_heads});
     args.kv = cache.layer(0);
     if (shape_.layers > 1) args.layer_stride = cache.layer(1).keys - args.kv.keys;
     args.key_scales = cache.key_scales();
@@ -49,8 +50,7 @@ class query_memory {
 
  private:
   model_shape shape_;
-  buffer<float, B> q_, lse_;   // [steps, layers, sequences, q_heads], q_ times head_dim
-  buffer<float, B> slot_lse_;  // [2 * sequences, q_heads]
+  buffer<float, B> q_, lse_;  // [steps, layers, 2 * sequences, q_heads], q_ times head_dim
 };
 
 }  // namespace specattn::inline v0_1::detail

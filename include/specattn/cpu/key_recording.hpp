@@ -36,13 +36,16 @@ class key_recording_pass {
   }
 
  private:
-  std::int32_t sequences() const { return static_cast<std::int32_t>(a_.q.extent(2)); }
+  std::int32_t sequences() const { return static_cast<std::int32_t>(a_.kv_lens.extent(0)); }
   std::int32_t cache_row(std::int32_t s) const { return a_.cache_rows.empty() ? s : a_.cache_rows[s]; }
 
   std::int32_t checked_length(std::int32_t s) const {
     const std::int32_t length = a_.kv_lens[s], row = cache_row(s);
     expects(length >= 0 && length <= a_.weights.extent(4), "record_keys: sequence ", s, " has kv_len ", length,
             ", the recording holds ", a_.weights.extent(4));
+    for (std::ptrdiff_t step = 0; step < a_.q.extent(0); ++step)
+      expects(a_.slot_of(step, s) < a_.q.extent(2), "record_keys: sequence ", s, " asks by slot ",
+              a_.slot_of(step, s), " of ", a_.q.extent(2));
     if (length == 0) return 0;
     expects(row >= 0 && row < a_.kv.block_table.extent(0), "record_keys: sequence ", s, " is cache row ", row, " of ",
             a_.kv.block_table.extent(0));
@@ -68,7 +71,9 @@ class key_recording_pass {
       for (int d = 0; d < a_.kv.head_dim; d += key_depth) {
         alignas(64) float q[key_rows][key_depth] = {};
         for (int r = 0; r < n; ++r) {
-          const float* from = &a_.q((first + r) % steps, layer, s, kv_head * group_ + (first + r) / steps, d);
+          const std::int32_t slot = a_.slot_of((first + r) % steps, s);
+          if (slot < 0) continue;
+          const float* from = &a_.q((first + r) % steps, layer, slot, kv_head * group_ + (first + r) / steps, d);
           for (int i = 0; i < (std::min)(key_depth, a_.kv.head_dim - d); ++i) q[r][i] = from[i] * scale;
         }
         add_key_products(scores, q, n, keys, count, d, a_.kv.head_dim);
@@ -82,8 +87,9 @@ class key_recording_pass {
   void leave(const float* scores, std::int32_t step, std::ptrdiff_t layer, std::int32_t s, std::int32_t head,
              std::int32_t begin, int count) const {
     const bool mean = a_.weights.extent(0) == 1;
-    const float share = mean ? 1.0f / static_cast<float>(a_.q.extent(0)) : 1.0f;
-    const float lse = a_.lse(step, layer, s, head);
+    const std::int32_t slot = a_.slot_of(step, s);
+    const float share = slot < 0 ? 0.0f : mean ? 1.0f / static_cast<float>(a_.q.extent(0)) : 1.0f;
+    const float lse = slot < 0 ? 0.0f : a_.lse(step, layer, slot, head);
     float* row = &a_.weights(mean ? 0 : step, layer, s, head, begin);
     for (int i = 0; i < count; ++i) {
       const float weight = share * std::exp(scores[i] - lse);
@@ -114,16 +120,10 @@ struct key_recording_impl<cpu> {
     key_recording_pass<T>(args).run(ctx);
   }
 
-  /// Keeps what the newest slots of a layer asked.
-  static void keep_queries(const context<cpu>&, const view<const std::int32_t, 1, cpu>& slot_offsets,
-                           const view<const float, 3, cpu>& q, const query_log<cpu>& log, std::int32_t layer) {
-    for (std::ptrdiff_t s = 0; s < log.q.extent(1); ++s) {
-      const bool asked = slot_offsets[s + 1] > slot_offsets[s];
-      const std::int32_t slot = slot_offsets[s + 1] - 1;
-      for (std::ptrdiff_t head = 0; head < log.q.extent(2); ++head) {
-        log.lse(layer, s, head) = asked ? log.slot_lse(slot, head) : asked_nothing;
-        float* to = &log.q(layer, s, head, 0);
-        for (std::ptrdiff_t d = 0; d < log.q.extent(3); ++d) to[d] = asked ? q(slot, head, d) : 0.0f;
+  static void keep_queries(const context<cpu>&, const view<const float, 3, cpu>& q, const view<float, 3, cpu>& to) {
+    for (std::ptrdiff_t slot = 0; slot < q.extent(0); ++slot) {
+      for (std::ptrdiff_t head = 0; head < q.extent(1); ++head) {
+        for (std::ptrdiff_t d = 0; d < q.extent(2); ++d) to(slot, head, d) = q(slot, head, d);
       }
     }
   }

@@ -140,6 +140,7 @@ class device_drafter {
   void record(context<cuda>& ctx, const round_arrays& round, std::int32_t max_kv_len) {
     const std::ptrdiff_t n = round.sequences, q_heads = shape_.q_heads;
     key_recording_args<T, cuda> args = queries_.asked((std::min)(steps_, round.drafts), round.sequences, cache_);
+    args.slot_of = {round.draft_logit_rows, {args.q.extent(0), n}};
     args.kv_lens = {round.prefix_lens, {n}};
     args.cache_rows = {round.cache_rows, {n}};
     args.weights = {weights_.data(),

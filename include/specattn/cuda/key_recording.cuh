@@ -18,24 +18,15 @@ namespace specattn::inline v0_1::detail {
 inline constexpr int query_threads = 128;
 
 struct keep_queries_launch {
-  view<const std::int32_t, 1, cuda> slot_offsets;
-  view<const float, 3, cuda> q;         // [slots, q_heads, head_dim]
-  view<const float, 2, cuda> slot_lse;  // [slots, q_heads]
-  view<float, 3, cuda> q_out;           // [sequences, q_heads, head_dim]
-  view<float, 2, cuda> lse_out;         // [sequences, q_heads]
+  view<const float, 3, cuda> q;  // [slots, q_heads, head_dim]
+  view<float, 3, cuda> to;       // [slots or more, q_heads, head_dim]
 };
 
-/// blockIdx.x: a sequence; y: a share of its numbers.
+/// blockIdx.x: a slot; y: a head.
 static __global__ void __launch_bounds__(query_threads)
     keep_queries_kernel(const __grid_constant__ keep_queries_launch launch) {
-  const std::ptrdiff_t s = blockIdx.x, first = launch.slot_offsets[s], slot = launch.slot_offsets[s + 1] - 1;
-  const bool asked = slot >= first;
-  const auto heads = static_cast<std::int32_t>(launch.q_out.extent(1));
-  const auto head_dim = static_cast<std::int32_t>(launch.q_out.extent(2));
-  const auto thread = static_cast<std::int32_t>(blockIdx.y * query_threads + threadIdx.x);
-  for (std::int32_t i = thread; i < heads * head_dim; i += static_cast<std::int32_t>(gridDim.y) * query_threads)
-    launch.q_out(s, i / head_dim, i % head_dim) = asked ? launch.q(slot, i / head_dim, i % head_dim) : 0.0f;
-  if (thread < heads) launch.lse_out(s, thread) = asked ? launch.slot_lse(slot, thread) : asked_nothing;
+  for (std::ptrdiff_t d = threadIdx.x; d < launch.q.extent(2); d += query_threads)
+    launch.to(blockIdx.x, blockIdx.y, d) = launch.q(blockIdx.x, blockIdx.y, d);
 }
 
 /// A warp adds up a row's parts.
@@ -64,10 +55,10 @@ struct key_recording_impl<cuda> {
 
   template <storage T>
   static void run(context<cuda>& ctx, const key_recording_args<T, cuda>& args) {
-    if (args.q.extent(0) == 0 || args.q.extent(1) * args.q.extent(2) * args.q.extent(3) == 0) return;
+    if (args.q.extent(0) * args.q.extent(1) * args.kv_lens.extent(0) * args.q.extent(3) == 0) return;
     key_recording_launch<T> launch{args};
     if (launch.args.scale == 0.0f) launch.args.scale = 1.0f / std::sqrt(static_cast<float>(args.kv.head_dim));
-    const std::ptrdiff_t rows = args.weights.extent(0) * args.q.extent(1) * args.q.extent(2) * args.q.extent(3);
+    const std::ptrdiff_t rows = args.weights.extent(0) * args.q.extent(1) * args.kv_lens.extent(0) * args.q.extent(3);
     launch.chunks = static_cast<std::int32_t>(blocks_of(args.weights.extent(4), record_chunk));
     launch.parts =
         reinterpret_cast<float*>(ctx.workspace(workspace_bytes(ctx, rows, args.weights.extent(4)), "record_keys"));
@@ -78,21 +69,19 @@ struct key_recording_impl<cuda> {
                  "record_keys");
   }
 
-  /// Keeps what the newest slots of a layer asked.
-  static void keep_queries(const context<cuda>& ctx, const view<const std::int32_t, 1, cuda>& slot_offsets,
-                           const view<const float, 3, cuda>& q, const query_log<cuda>& log, std::int32_t layer) {
-    const keep_queries_launch launch{slot_offsets, q, log.slot_lse, log.q[layer], log.lse[layer]};
-    const std::ptrdiff_t numbers = log.q.extent(2) * log.q.extent(3);
-    const dim3 grid(static_cast<unsigned>(log.q.extent(1)), blocks_of(numbers, 4 * query_threads));
-    start_kernel(ctx, keep_queries_kernel, grid, query_threads, launch, "record_keys");
+  static void keep_queries(const context<cuda>& ctx, const view<const float, 3, cuda>& q,
+                           const view<float, 3, cuda>& to) {
+    const dim3 grid(static_cast<unsigned>(q.extent(0)), static_cast<unsigned>(q.extent(1)));
+    start_kernel(ctx, keep_queries_kernel, grid, query_threads, keep_queries_launch{q, to}, "record_keys");
   }
 
  private:
   /// blockIdx.x: a kv head of a sequence of a layer; y: a chunk.
   template <storage T>
   static dim3 grid_of(const key_recording_launch<T>& launch) {
-    return dim3(static_cast<unsigned>(launch.args.q.extent(1) * launch.args.q.extent(2) * launch.args.kv.kv_heads),
-                static_cast<unsigned>(launch.chunks));
+    return dim3(
+        static_cast<unsigned>(launch.args.q.extent(1) * launch.args.kv_lens.extent(0) * launch.args.kv.kv_heads),
+        static_cast<unsigned>(launch.chunks));
   }
 
   template <storage T>

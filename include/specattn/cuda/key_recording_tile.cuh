@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 
 #include "../key_recording.hpp"
 #include "mma.cuh"
@@ -15,7 +16,8 @@ namespace specattn::inline v0_1::detail {
 
 inline constexpr int record_chunk = 2048;  ///< positions of a CTA
 inline constexpr int record_plain_threads = 256;
-inline constexpr float most_recorded = 65504.0f;  ///< of a stored number: the largest fp16
+inline constexpr float most_recorded = 65504.0f;                             ///< of a stored number: the largest fp16
+inline constexpr float no_weight = -std::numeric_limits<float>::infinity();  ///< as a score
 
 template <storage T>
 struct key_recording_launch {
@@ -46,7 +48,7 @@ struct record_place {
 
   __device__ explicit record_place(const key_recording_launch<T>& l) : launch(l) {
     const auto list = static_cast<std::int32_t>(blockIdx.x);
-    const auto sequences = static_cast<std::int32_t>(l.args.q.extent(2));
+    const auto sequences = static_cast<std::int32_t>(l.args.kv_lens.extent(0));
     kv_head = list % l.args.kv.kv_heads;
     sequence = list / l.args.kv.kv_heads % sequences;
     layer = list / l.args.kv.kv_heads / sequences;
@@ -59,8 +61,13 @@ struct record_place {
     return launch.args.kv.key(cache_row, position, kv_head) + layer * launch.args.layer_stride;
   }
   __device__ std::int32_t head(std::int32_t of_group) const { return kv_head * launch.group() + of_group; }
+  /// Who asks in a step; negative: nobody.
+  __device__ std::int32_t slot(std::int32_t step) const { return launch.args.slot_of(step, sequence); }
+  __device__ const float* query(std::int32_t step, std::int32_t of_group) const {
+    return &launch.args.q(step, layer, slot(step), head(of_group), 0);
+  }
   __device__ float lse(std::int32_t step, std::int32_t of_group) const {
-    return launch.args.lse(step, layer, sequence, head(of_group));
+    return launch.args.lse(step, layer, slot(step), head(of_group));
   }
   /// What the exponential of a score is multiplied with.
   __device__ float share() const {
@@ -166,14 +173,14 @@ class record_tile {
     for (int i = static_cast<int>(threadIdx.x); i < columns_ * depths * 32; i += threads) {
       const int column = i / (depths * 32), n = i % 32 / 4;
       const int head = column / launch.step_pairs() * 4 + n / 2, step = column % launch.step_pairs() * 2 + n % 2;
-      const bool exists = head < launch.group() && step < launch.steps();
-      const float* q = exists ? &launch.args.q(step, place_.layer, place_.sequence, place_.head(head), 0) : nullptr;
+      const bool exists = head < launch.group() && step < launch.steps() && place_.slot(step) >= 0;
+      const float* q = exists ? place_.query(step, head) : nullptr;
       const int d = i / 32 % depths * 16 + i % 4 * 2;
       const auto at = [&](int e) { return exists && e < launch.args.kv.head_dim ? q[e] * scale : 0.0f; };
       const split_pair low = split<T>(at(d), at(d + 1)), high = split<T>(at(d + 8), at(d + 9));
       queries_[i] = {low.high, high.high, low.low, high.low};
       if (i / 32 % depths == 0 && i % 4 == 0)
-        bases_[column * 8 + n] = exists ? place_.lse(step, head) * log2_e - log2f(place_.share()) : asked_nothing;
+        bases_[column * 8 + n] = exists ? place_.lse(step, head) * log2_e - log2f(place_.share()) : -no_weight;
     }
   }
 
@@ -293,7 +300,8 @@ __global__ void __launch_bounds__(record_plain_threads)
       const T* key = place.key(position);
       float weight = 0.0f;
       for (std::int32_t step = first_step; step < last_step; ++step) {
-        const float* q = &launch.args.q(step, place.layer, place.sequence, place.head(head), 0);
+        if (place.slot(step) < 0) continue;
+        const float* q = place.query(step, head);
         float score = 0.0f;
         for (std::int32_t d = 0; d < launch.args.kv.head_dim; ++d) score = std::fma(q[d], to_float(key[d]), score);
         weight += place.share() * std::exp(score * scale - place.lse(step, head));

@@ -53,7 +53,7 @@ struct round_arrays {
   std::int32_t* next = nullptr;
   std::int64_t* text_lens = nullptr;
   std::int64_t* drawn_at = nullptr;  // of a draft step's tokens
-  // the draft's pass: [2 * sequences], kv_lens and logit_rows [sequences], offsets [sequences + 1]
+  // the draft's pass: [2 * sequences], kv_lens [sequences], logit_rows [drafts, sequences], offsets [sequences + 1]
   std::int32_t* draft_tokens = nullptr;
   std::int32_t* draft_positions = nullptr;
   std::int32_t* draft_offsets = nullptr;
@@ -123,7 +123,7 @@ static __global__ void __launch_bounds__(layout_threads)
     if (step > 0) {
       r.draft_tokens[s] = token_or_zero(r.drafted[s * r.drafts + step - 1]);
       r.draft_positions[s] = r.draft_lens[s] = in.text_len + step - 1;
-      r.draft_logit_rows[s] = s;
+      r.draft_logit_rows[step * r.sequences + s] = s;
       continue;
     }
     std::int32_t at = first;
@@ -169,7 +169,7 @@ class round_memory {
         input_(size(sequences)),
         samplers_(size(sequences)),
         wide_(2 * size(sequences)),
-        numbers_(14 * size(sequences) + 2 + size(sequences * drafts) + 3 * size(sequences * (drafts + 1))),
+        numbers_(13 * size(sequences) + 2 + 2 * size(sequences * drafts) + 3 * size(sequences * (drafts + 1))),
         output_(size(sequences)) {}
 
   /// The arrays of a round of so many sequences that draft so many tokens each.
@@ -194,7 +194,7 @@ class round_memory {
     r.draft_positions = take(2 * sequences_);
     r.draft_offsets = take(sequences_ + 1);
     r.draft_lens = take(sequences_);
-    r.draft_logit_rows = take(sequences_);
+    r.draft_logit_rows = take(sequences_ * drafts_);
     r.drafted = take(sequences_ * drafts_);
     r.tokens = take(sequences_ * (drafts_ + 1));
     r.positions = take(sequences_ * (drafts_ + 1));
@@ -226,7 +226,9 @@ inline pass_layout<cuda> verify_layout(const round_arrays& r) {
 }
 inline forward_batch<cuda> draft_slots(const round_arrays& r, std::int32_t step) {
   const std::int32_t slots = step == 0 ? 2 * r.sequences : r.sequences;
-  return {{r.draft_tokens, {slots}}, {r.draft_positions, {slots}}, {r.draft_logit_rows, {r.sequences}}};
+  return {{r.draft_tokens, {slots}},
+          {r.draft_positions, {slots}},
+          {r.draft_logit_rows + step * r.sequences, {r.sequences}}};
 }
 inline forward_batch<cuda> verify_slots(const round_arrays& r) {
   const std::int32_t slots = r.sequences * r.slots();
