@@ -189,7 +189,7 @@ class decoder {
     batch_ = detail::round_batch(sizes_, shape_.vocab);
     turns_ = detail::recording_turns(sizes_.sequences);
     pass_ = detail::pass_arrays(sizes_.sequences, slots);
-    lists_ = detail::kept_lists(sizes_);
+    lists_ = detail::kept_lists(shape_, sizes_.sequences, sizes_.positions);
     if (needs_.target_weights) weights_ = buffer<float, B>(sizes_.target_weights);
     logits_ = buffer<float, B>(static_cast<std::size_t>(sizes_.judged) * static_cast<std::size_t>(shape_.vocab));
     const auto count = static_cast<std::size_t>(sizes_.sequences);
@@ -274,7 +274,8 @@ class decoder {
     state.accepted = {accepted_.data(), n};
     state.layers = shape_.layers;
     state.kv_heads = shape_.kv_heads;
-    state.kept = lists_.begin(std::ptrdiff_t{shape_.layers} * batch_.size * shape_.kv_heads);
+    state.kept = lists_.of(batch_.size);
+    if (!(reuse_ && needs_.draft_weights)) std::fill_n(&state.kept.counts[0], state.kept.groups(), 0);
     if (drafter_) {
       state.draft_weights = drafter_->weights(batch_.size);
       state.draft_masses = drafter_->masses(batch_.size);
@@ -294,14 +295,14 @@ class decoder {
   /// The guide's selection, or the last one and the positions since; everything where that is asked for.
   void choose_rows(round_state<T, B>& state) {
     const bool reuse = reuse_ && needs_.draft_weights;
-    if (reuse) lists_.grow(state);
+    for (std::int32_t s = 0; reuse && s < batch_.size; ++s) lists_.grow(s, batch_.size, pass_.kv_lens.data()[s]);
     if (!reuse) guide_->before_verify(*ctx_, state);
     for (std::int32_t layer = 0; layer < shape_.layers; ++layer) {
       for (std::int32_t s = 0; s < batch_.size; ++s) {
         if (layer < options_.dense_layers || dense_.data()[s] != 0) state.keep_everything(layer, s);
       }
     }
-    if (!reuse) lists_.note(state);
+    if (!reuse) lists_.note(state.kv_lens);
   }
 
   void run_target(round_state<T, B>& state) {

@@ -9,6 +9,7 @@
 #include "attention_pass.hpp"
 #include "decode_options.hpp"
 #include "decode_state.hpp"
+#include "kept_lists.hpp"
 #include "kv_cache.hpp"
 #include "model.hpp"
 #include "query_memory.hpp"
@@ -39,9 +40,8 @@ class drafter {
     if (options.sparse_draft) {
       queries_ = query_memory<B>(shape_, sizes);
       slot_of_ = buffer<std::int32_t, B>(static_cast<std::size_t>(steps_) * sequences);
-      kept_ = selection<B>(sizes.draft_groups, capacity_);
-      selected_ = buffer<std::int32_t, B>(static_cast<std::size_t>(sizes.draft_groups));
-      selected_lens_ = buffer<std::int32_t, B>(sequences);
+      lists_ = kept_lists(shape_, sizes.sequences, capacity_);
+      recorded_lens_ = buffer<std::int32_t, B>(sequences);
     }
     group_lens_ = buffer<std::int32_t, B>(static_cast<std::size_t>(sizes.draft_groups));
     recorded_ = buffer<std::int32_t, B>(sequences);
@@ -153,7 +153,7 @@ class drafter {
                                batch.rows.shaped({batch.size})});
     const bool records = record_ && !reuse_ && step < steps_;
     for (std::int32_t s = 0; sparse_ && s < batch.size; ++s) {
-      if (slots_of(s) > 0) grow_lists(s, batch.size);
+      if (slots_of(s) > 0) lists_.grow(s, batch.size, pass_.kv_lens.data()[s]);
     }
     if (records && options_.sparse_draft) {
       pass.keep_queries(queries_.log(step, batch.size));
@@ -165,7 +165,7 @@ class drafter {
           {weights_.data() + step * set_size(batch.size), {shape_.layers, batch.size, shape_.q_heads, capacity_}},
           record_slots::newest);
     }
-    if (sparse_) pass.guide_by(kept_view(batch.size));
+    if (sparse_) pass.guide_by(lists_.of(batch.size));
     for (std::int32_t s = 0; s < batch.size; ++s) cache_.reserve(batch.rows.data()[s], slots_of(s));
     draft_->forward(*ctx_, pass_.batch(), pass, view<float, 2, B>(logits_.data(), {pass_.rows, shape_.vocab}));
     for (std::int32_t s = 0; s < batch.size; ++s) {
@@ -203,15 +203,15 @@ class drafter {
     for (std::int32_t s = 0; s < n; ++s) {
       const auto text = static_cast<std::int32_t>(sequences.at(batch.rows.data()[s]).text.size());
       recorded_.data()[s] = batch.draft_length(s) > 0 ? 1 : 0;
-      selected_lens_.data()[s] = batch.draft_length(s) > 0 ? text - 1 : 0;
+      recorded_lens_.data()[s] = batch.draft_length(s) > 0 ? text - 1 : 0;
       decode_counts keys;  // half of their rows
-      keys.draft_rows_read = (std::int64_t{selected_lens_.data()[s]} * shape_.layers * shape_.kv_heads + 1) / 2;
+      keys.draft_rows_read = (std::int64_t{recorded_lens_.data()[s]} * shape_.layers * shape_.kv_heads + 1) / 2;
       counts += keys;
       sequences.at(batch.rows.data()[s]).counts += keys;
     }
     key_recording_args<T, B> args = queries_.asked(steps, n, cache_);
     args.slot_of = slot_of_.shaped({steps, n});
-    args.kv_lens = selected_lens_.shaped({n});
+    args.kv_lens = recorded_lens_.shaped({n});
     args.cache_rows = batch.rows.shaped({n});
     args.weights = {weights_.data(), {1, shape_.layers, n, shape_.q_heads, capacity_}};
     args.masses = {masses_.data(), {1, shape_.layers, n, shape_.q_heads}};
@@ -271,7 +271,7 @@ class drafter {
     const std::ptrdiff_t heads = shape_.q_heads / shape_.kv_heads;
     std::int32_t longest = 1;
     for (std::int32_t s = 0; s < batch.size; ++s) {
-      const std::int32_t length = selected_lens_.data()[s];
+      const std::int32_t length = recorded_lens_.data()[s];
       longest = (std::max)(longest, length);
       for (std::int32_t layer = 0; layer < shape_.layers; ++layer) {
         for (std::int32_t h = 0; h < shape_.kv_heads; ++h)
@@ -281,30 +281,15 @@ class drafter {
     importance<float, B> from;
     from.weights = {weights_.data(), {groups, heads, longest}, {heads * capacity_, capacity_, 1}};
     from.kv_lens = group_lens_.shaped({groups});
-    const selection_view<B> kept = kept_view(batch.size);
-    select(*ctx_, from, options_.draft_rule, kept);
-    std::copy_n(&kept.counts[0], groups, selected_.data());
+    select(*ctx_, from, options_.draft_rule, lists_.of(batch.size));
+    lists_.note({recorded_lens_.data(), static_cast<std::size_t>(batch.size)});
   }
 
-  selection_view<B> kept_view(std::int32_t sequences) const {
-    return kept_.view().slice(0, std::ptrdiff_t{shape_.layers} * sequences * shape_.kv_heads);
-  }
   std::ptrdiff_t group(std::int32_t layer, std::int32_t s, std::int32_t h, std::int32_t sequences) const {
     return (std::ptrdiff_t{layer} * sequences + s) * shape_.kv_heads + h;
   }
   std::int32_t slots_of(std::int32_t s) const {
     return pass_.slot_offsets.data()[s + 1] - pass_.slot_offsets.data()[s];
-  }
-
-  /// Before a sparse step: every list takes in what was cached since it was selected.
-  void grow_lists(std::int32_t s, std::int32_t sequences) {
-    const selection_view<B> kept = kept_view(sequences);
-    for (std::int32_t layer = 0; layer < shape_.layers; ++layer) {
-      for (std::int32_t h = 0; h < shape_.kv_heads; ++h) {
-        const std::ptrdiff_t g = group(layer, s, h, sequences);
-        grow_list(kept, g, selected_.data()[g], selected_lens_.data()[s], pass_.kv_lens.data()[s]);
-      }
-    }
   }
 
   decode_counts rows_of(std::int32_t s, std::int32_t sequences) const {
@@ -317,7 +302,7 @@ class drafter {
       counts.draft_rows_read += all * shape_.layers * shape_.kv_heads;
       return counts;
     }
-    const selection_view<B> kept = kept_view(sequences);
+    const selection_view<B> kept = lists_.of(sequences);
     for (std::int32_t layer = 0; layer < shape_.layers; ++layer) {
       for (std::int32_t h = 0; h < shape_.kv_heads; ++h) {
         const std::int32_t count = kept.counts[group(layer, s, h, sequences)];
@@ -339,12 +324,11 @@ class drafter {
   bool sparse_ = false;  // there are lists to read
   bool reuse_ = false;   // this round records nothing
   pass_arrays pass_;
-  query_memory<B> queries_;          // of a sparse draft
-  buffer<std::int32_t, B> slot_of_;  // [steps, sequences] who asked; -1: nobody
-  buffer<float, B> weights_;         // [steps, layers, sequences, q_heads, positions]
-  selection<B> kept_;
-  buffer<std::int32_t, B> selected_;       // counts of kept_ when it was selected
-  buffer<std::int32_t, B> selected_lens_;  // [sequences] positions it was selected from
+  query_memory<B> queries_;                // of a sparse draft
+  buffer<std::int32_t, B> slot_of_;        // [steps, sequences] who asked; -1: nobody
+  buffer<float, B> weights_;               // [steps, layers, sequences, q_heads, positions]
+  kept_lists lists_;                       // of a sparse draft
+  buffer<std::int32_t, B> recorded_lens_;  // [sequences] positions that were recorded
   buffer<float, B> logits_;
   buffer<float, B> masses_;  // [recorded steps, layers, sequences, q_heads]
   buffer<std::int32_t, B> group_lens_, recorded_;

@@ -1,13 +1,13 @@
-// The target's lists of a round on the host, which rounds behind it may read again.
+// A round's lists on the host, the target's or a sparse draft's, which rounds behind it may read again.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 
 #include "buffer.hpp"
-#include "decode_state.hpp"
-#include "guide.hpp"
+#include "model.hpp"
 #include "selection.hpp"
 
 namespace specattn::inline v0_1::detail {
@@ -16,34 +16,36 @@ namespace specattn::inline v0_1::detail {
 class kept_lists {
  public:
   kept_lists() = default;
-  explicit kept_lists(const decode_sizes& sizes)
-      : lists_(sizes.target_groups, sizes.positions),
-        selected_(static_cast<std::size_t>(sizes.target_groups)),
-        lengths_(static_cast<std::size_t>(sizes.sequences)) {}
+  kept_lists(const model_shape& model, std::int32_t sequences, std::int32_t positions)
+      : layers_(model.layers),
+        kv_heads_(model.kv_heads),
+        lists_(std::ptrdiff_t{layers_} * sequences * kv_heads_, positions),
+        selected_(static_cast<std::size_t>(layers_ * sequences * kv_heads_)),
+        lengths_(static_cast<std::size_t>(sequences)) {}
 
-  /// Empty lists for so many groups; what stood in them can still be grown.
-  selection_view<cpu> begin(std::ptrdiff_t groups) const {
-    const selection_view<cpu> kept = lists_.view().slice(0, groups);
-    for (std::ptrdiff_t g = 0; g < groups; ++g) kept.counts[g] = 0;
-    return kept;
+  /// Those of a batch, as they stand.
+  selection_view<cpu> of(std::int32_t sequences) const {
+    return lists_.view().slice(0, std::ptrdiff_t{layers_} * sequences * kv_heads_);
   }
-  /// Makes a round's lists what note() saw and every position since.
-  template <storage T>
-  void grow(const round_state<T, cpu>& round) const {
-    const std::ptrdiff_t a_layer = std::ptrdiff_t{round.sequences()} * round.kv_heads;
-    for (std::ptrdiff_t g = 0; g < round.kept.groups(); ++g) {
-      const auto s = static_cast<std::size_t>(g % a_layer / round.kv_heads);
-      grow_list(round.kept, g, selected_.data()[g], lengths_.data()[s], round.kv_lens[s]);
+  /// Makes a sequence's lists what note() saw and every position since.
+  void grow(std::int32_t s, std::int32_t sequences, std::int32_t kv_len) const {
+    const selection_view<cpu> kept = of(sequences);
+    for (std::int32_t layer = 0; layer < layers_; ++layer) {
+      for (std::int32_t h = 0; h < kv_heads_; ++h) {
+        const std::ptrdiff_t g = (std::ptrdiff_t{layer} * sequences + s) * kv_heads_ + h;
+        grow_list(kept, g, selected_.data()[g], lengths_.data()[s], kv_len);
+      }
     }
   }
-  /// Notes a round's lists as selected, for grow().
-  template <storage T>
-  void note(const round_state<T, cpu>& round) const {
-    for (std::ptrdiff_t g = 0; g < round.kept.groups(); ++g) selected_.data()[g] = round.kept.counts[g];
-    std::copy(round.kv_lens.begin(), round.kv_lens.end(), lengths_.data());
+  /// Notes a batch's lists as selected, for grow(): from the first `kv_lens` positions of its sequences.
+  void note(std::span<const std::int32_t> kv_lens) const {
+    const selection_view<cpu> kept = of(static_cast<std::int32_t>(kv_lens.size()));
+    for (std::ptrdiff_t g = 0; g < kept.groups(); ++g) selected_.data()[g] = kept.counts[g];
+    std::copy(kv_lens.begin(), kv_lens.end(), lengths_.data());
   }
 
  private:
+  std::int32_t layers_ = 0, kv_heads_ = 0;
   selection<cpu> lists_;
   buffer<std::int32_t, cpu> selected_;  // counts when they were selected
   buffer<std::int32_t, cpu> lengths_;   // [sequences] positions they were selected from

@@ -61,15 +61,15 @@ struct selection_view {
 namespace detail {
 
 /// Makes group g the list of its first `count` entries and positions [first, end), which follow them, padding included;
-/// a group that keeps all goes on doing so.
+/// a group that keeps all goes on doing so. `lanes` threads may share the work, each calling with its `lane`.
 template <backend B>
 SPECATTN_HD void grow_list(const selection_view<B>& lists, std::ptrdiff_t g, std::int32_t count, std::int32_t first,
-                           std::int32_t end) {
-  for (std::int32_t position = first; count != keep_all && position < end; ++position)
-    lists.positions(g, count++) = position;
-  const std::ptrdiff_t padded = count == keep_all ? 0 : padded_count(count, lists.capacity());
-  for (std::ptrdiff_t i = count; i < padded; ++i) lists.positions(g, i) = -1;
-  lists.counts[g] = count;
+                           std::int32_t end, std::int32_t lane = 0, std::int32_t lanes = 1) {
+  const std::int32_t grown = count == keep_all || end < first ? count : count + (end - first);
+  const std::ptrdiff_t padded = count == keep_all ? 0 : padded_count(grown, lists.capacity());
+  for (std::ptrdiff_t i = std::ptrdiff_t{count} + lane; i < padded; i += lanes)
+    lists.positions(g, i) = i < grown ? first + static_cast<std::int32_t>(i - count) : -1;
+  if (lane == 0) lists.counts[g] = grown;
 }
 
 }  // namespace detail

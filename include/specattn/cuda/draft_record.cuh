@@ -74,14 +74,16 @@ struct step_lists_launch {
   std::int32_t kv_heads;
 };
 
-/// Before a sparse step.
+/// Before a sparse step. A warp takes a list.
 static __global__ void __launch_bounds__(record_threads)
     step_lists_kernel(const __grid_constant__ step_lists_launch launch) {
-  const auto g = static_cast<std::int32_t>(blockIdx.x * record_threads + threadIdx.x);
+  const auto g = static_cast<std::int32_t>(blockIdx.x * (record_threads / 32) + threadIdx.x / 32);
+  const auto lane = static_cast<std::int32_t>(threadIdx.x % 32);
   if (g >= launch.kept.groups()) return;
   const std::int32_t selected = launch.selected[g], length = launch.lengths[g];
-  launch.left_out[g] = selected == keep_all ? 0 : length - selected;
-  grow_list(launch.kept, g, selected, length, launch.round.draft_lens[g / launch.kv_heads % launch.round.sequences]);
+  if (lane == 0) launch.left_out[g] = selected == keep_all ? 0 : length - selected;
+  grow_list(launch.kept, g, selected, length, launch.round.draft_lens[g / launch.kv_heads % launch.round.sequences],
+            lane, 32);
 }
 
 // ---- the verify pass's lists ----------------------------------------------------------------------------------
@@ -97,14 +99,16 @@ struct kept_launch {
 };
 
 /// Lists that are reused take in the positions since. The first layers, and sequences whose round is dense, keep
-/// everything.
+/// everything. A warp takes a list.
 static __global__ void __launch_bounds__(record_threads)
     settle_lists_kernel(const __grid_constant__ kept_launch launch) {
-  const auto g = static_cast<std::int32_t>(blockIdx.x * record_threads + threadIdx.x);
+  const auto g = static_cast<std::int32_t>(blockIdx.x * (record_threads / 32) + threadIdx.x / 32);
+  const auto lane = static_cast<std::int32_t>(threadIdx.x % 32);
   if (g >= launch.kept.groups()) return;
   const round_arrays& r = launch.round;
   const std::int32_t layer = g / launch.kv_heads / r.sequences, s = g / launch.kv_heads % r.sequences;
-  if (r.reuse) grow_list(launch.kept, g, launch.selected[g], r.recorded_lens[s] - 1, r.prefix_lens[s]);
+  if (r.reuse) grow_list(launch.kept, g, launch.selected[g], r.recorded_lens[s] - 1, r.prefix_lens[s], lane, 32);
+  if (lane != 0) return;
   if (layer < launch.dense_layers || r.input[s].dense != 0) launch.kept.counts[g] = keep_all;
   if (!r.reuse) launch.selected[g] = launch.kept.counts[g];
 }

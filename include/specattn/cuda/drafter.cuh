@@ -177,7 +177,7 @@ class device_drafter {
   void grow_lists(context<cuda>& ctx, const round_arrays& round) {
     const step_lists_launch launch{round,           lists(round),     selected_.data(),
                                    lengths_.data(), left_out_.data(), shape_.kv_heads};
-    start_kernel(ctx, step_lists_kernel, dim3(blocks_of(launch.kept.groups(), record_threads)), record_threads,
+    start_kernel(ctx, step_lists_kernel, dim3(blocks_of(launch.kept.groups(), record_threads / 32)), record_threads,
                  launch, "decode");
   }
 

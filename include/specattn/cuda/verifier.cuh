@@ -113,7 +113,7 @@ class device_verifier {
   void choose_rows(context<cuda>& ctx, round_state<T, cuda>& state, const kept_launch& lists) {
     if constexpr (guided) {
       if (!lists.round.reuse) guide_->before_verify(ctx, state);
-      const dim3 grid(blocks_of(state.kept.groups(), record_threads));
+      const dim3 grid(blocks_of(state.kept.groups(), record_threads / 32));
       start_kernel(ctx, settle_lists_kernel, grid, record_threads, lists, "decode");
     }
   }
