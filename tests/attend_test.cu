@@ -3,6 +3,7 @@
 
 #include "cpu_fixture.hpp"
 #include "cuda_fixture.cuh"
+#include "specattn/attention_pass.hpp"
 #include "specattn/cpu/attend.hpp"
 #include "specattn/cpu/kv_cache.hpp"
 #include "specattn/cuda/kv_cache.cuh"
@@ -204,6 +205,121 @@ TEST_CASE("attend on the device: a captured graph follows lengths and counts tha
   }
   check(cudaGraphExecDestroy(ready));
   check(cudaGraphDestroy(graph));
+}
+
+/// Copies numbers when the kernel behind it may long have been placed.
+struct late_copy {
+  const std::int32_t* from;
+  std::int32_t* to;
+  std::int32_t count;
+};
+__global__ void late_copy_kernel(late_copy copy) {
+  specattn::detail::launch_dependents();
+  const long long begin = clock64();
+  while (clock64() - begin < 100000) {  // 50 us
+  }
+  for (std::int32_t i = 0; i < copy.count; ++i) copy.to[i] = copy.from[i];
+}
+
+TEST_CASE("attend on the device: lengths and counts that the kernel before writes in its end are those that count") {
+  attend_fixture fixture;
+  pass_shape shape;
+  shape.kv_lens = {3000};
+  shape.slots = {6};
+  shape.kv_heads = 2;
+  shape.group = 4;
+  shape.head_dim = 128;
+  auto p = random_problem<bf16>(shape);
+  keep_random(p, 0.5);
+  cpu_fixture cpu(8);
+  const auto listed = run(cpu, p).out;
+  for (auto& head : p.kept[0]) head.resize(head.size() / 3);
+  const auto cut = run(cpu, p).out;
+  const auto cache = filled_cache(fixture, p);
+  const std::vector<std::int32_t> none = {0, 0, 0, 0, 0};
+  std::vector<std::int32_t> positions(2 * 3000, -1), all = {0, 6, 3000}, less;
+  keep_random(p, 0.5);
+  for (std::size_t g = 0; g < 2; ++g) {
+    std::copy(p.kept[0][g].begin(), p.kept[0][g].end(), positions.begin() + static_cast<std::ptrdiff_t>(g * 3000));
+    all.push_back(static_cast<std::int32_t>(p.kept[0][g].size()));
+  }
+  less = all;
+  less[3] /= 3, less[4] /= 3;
+  const auto numbers = fixture.upload(none), listed_numbers = fixture.upload(all), cut_numbers = fixture.upload(less);
+  const auto q = fixture.upload(p.q), out = fixture.upload(p.q);
+  const auto lists = fixture.upload(positions);
+  specattn::attend_args<bf16, specattn::cuda> args;
+  args.q = q.shaped({6, 8, 128});
+  args.out = out.shaped({6, 8, 128});
+  args.kv = cache.layer(1);
+  args.slot_offsets = {numbers.data(), {2}};
+  args.kv_lens = {numbers.data() + 2, {1}};
+  args.kept.positions = lists.shaped({2, 3000});
+  args.kept.counts = {numbers.data() + 3, {2}};
+  args.kept_sequence_stride = 2;
+  fixture.context().reserve_workspace(specattn::attend_workspace_bytes(fixture.context(), {1, 6, 8, 2, 128, 3006}));
+  for (int turn = 0; turn < 6; ++turn) {
+    fixture.soil_workspace();
+    const auto& from = turn % 2 == 0 ? listed_numbers : cut_numbers;
+    specattn::detail::start_kernel(fixture.context(), late_copy_kernel, dim3(1), 1,
+                                   late_copy{from.data(), numbers.data(), 5}, "test");
+    specattn::attend(fixture.context(), args);
+    CHECK(difference(turn % 2 == 0 ? listed : cut, fixture.download(out)) < attend_fixture::tolerance<bf16>);
+  }
+}
+
+TEST_CASE(
+    "attend on the device: a pass whose attention begins before its append ends has the bits of one that waits") {
+  attend_fixture fixture;
+  auto& ctx = fixture.context();
+  for (const std::int32_t page_size : {0, 16}) {
+    pass_shape shape;
+    shape.kv_lens = {3000, 40};
+    shape.slots = {6, 3};
+    shape.kv_heads = 2;
+    shape.group = 4;
+    shape.head_dim = 128;
+    shape.page_size = page_size;
+    auto p = random_problem<bf16>(shape);
+    auto cache = filled_cache(fixture, p);
+    for (std::int32_t s = 0; s < 2; ++s)
+      cache.roll_back(s, shape.kv_lens[static_cast<std::size_t>(s)]), cache.reserve(s, 6);
+    const auto offsets = fixture.upload(std::vector<std::int32_t>{0, 6, 9});
+    const auto kv_lens = fixture.upload(shape.kv_lens), rows = fixture.upload(std::vector<std::int32_t>{0, 1});
+    const auto texts = fixture.upload(std::vector<std::int32_t>{3000, 3001, 3002, 3003, 3004, 3005, 40, 41, 42});
+    const auto frequencies = fixture.upload(std::vector<float>(64, 0.01f));
+    const specattn::rotary_view<specattn::cuda> rotary{texts.shaped({9}), frequencies.shaped({64})};
+    const specattn::pass_layout<specattn::cuda> layout{offsets.shaped({3}), kv_lens.shaped({2}), rows.shaped({2})};
+    specattn::attend_args<bf16, specattn::cuda> args;
+    const specattn::buffer<float, specattn::cuda> out(p.q.size());
+    args.out = out.shaped({9, 8, 128});
+    args.kv = cache.layer(1);
+    args.slot_offsets = layout.slot_offsets;
+    args.kv_lens = layout.kv_lens;
+    args.cache_rows = layout.cache_rows;
+    ctx.reserve_workspace(specattn::attend_workspace_bytes(ctx, {2, 9, 8, 2, 128, 3006}));
+    specattn::attention_pass<bf16, specattn::cuda> pass(ctx, cache, layout);
+    const auto append = [&](const auto& q, const auto& k, const auto& v) {
+      cache.append_rotated(ctx, 1, layout, q.shaped({9, 8, 128}), k.shaped({9, 2, 128}), v.shaped({9, 2, 128}),
+                           rotary);
+    };
+    for (std::uint32_t turn = 0; turn < 10; ++turn) {
+      const auto other = random_problem<bf16>(shape, 2 + turn);
+      const std::size_t count = 9 * 2 * 128;
+      const auto k = fixture.upload(std::vector<float>(other.q.begin(), other.q.begin() + count));
+      const auto v = fixture.upload(std::vector<float>(other.q.end() - count, other.q.end()));
+      const auto q = fixture.upload(other.q), same = fixture.upload(other.q), scratch = fixture.upload(p.q);
+      append(q, k, v);
+      check(cudaStreamSynchronize(fixture.stream()));
+      args.q = q.shaped({9, 8, 128});
+      specattn::attend(ctx, args);
+      const auto want = fixture.download(out);
+      append(scratch, v, k);  // rows that would show
+      pass(1, same.shaped({9, 8, 128}), k.shaped({9, 2, 128}), v.shaped({9, 2, 128}), out.shaped({9, 8, 128}),
+           rotary);
+      CHECK(want == fixture.download(out));
+    }
+  }
 }
 
 TEST_CASE("attend on the device: the workspace grows with every field of the shape; one too small is refused") {

@@ -89,10 +89,20 @@ struct rotary_pass {
       cache.advance(p.rows[s], p.lengths[s]);
       cache.reserve(p.rows[s], p.offsets[s + 1] - p.offsets[s]);
     }
+    const std::ptrdiff_t q_row = p.q_heads * p.head_dim;  // one more than there are slots stays as it is
+    const auto kept = fixture.upload(std::vector<float>(static_cast<std::size_t>((p.slots + 1) * q_row), -5.0f));
     cache.append_rotated(fixture.context(), 1, {offsets.shaped({4}), lengths.shaped({3}), rows.shaped({3})},
                          part(0, p.q_heads), part(p.q_heads, p.kv_heads), part(p.q_heads + p.kv_heads, p.kv_heads),
-                         {positions.shaped({p.slots}), frequencies.shaped({p.head_dim / 2})});
+                         {positions.shaped({p.slots}), frequencies.shaped({p.head_dim / 2})},
+                         strided ? specattn::view<float, 3, B>() : kept.shaped({p.slots + 1, p.q_heads, p.head_dim}));
     heads = fixture.download(memory);
+    const std::vector<float> twice = fixture.download(kept);
+    for (std::ptrdiff_t i = 0; i < (p.slots + 1) * q_row; ++i) {
+      const std::ptrdiff_t slot = i / q_row;
+      const bool written = !strided && slot < p.slots;
+      const float wanted = written ? head(p, slot, i % q_row / p.head_dim)[i % p.head_dim] : -5.0f;
+      REQUIRE(twice[static_cast<std::size_t>(i)] == wanted);
+    }
   }
 
   const float* head(const rotary_problem& p, std::ptrdiff_t slot, std::ptrdiff_t which) const {
@@ -215,6 +225,10 @@ TEST_CASE_TEMPLATE("append_rotated: errors name the values and leave queries and
   refused(cache, 4, 2, 1, 2, "1 positions and 2 frequencies of 2 slots, head_dim 4");
   refused(cache, 4, 2, 2, 1, "2 positions and 1 frequencies of 2 slots, head_dim 4");
   refused(odd, 5, 2, 2, 2, "head_dim 5");
+  const auto rows = memory.shaped({2, 1, 4});
+  CHECK_THROWS_WITH_AS(cache.append_rotated(fixture.context(), 0, {at(0, 2), at(2, 1), at(2, 1)}, rows, rows, rows,
+                                            {at(3, 2), memory.shaped({2})}, memory.shaped({1, 1, 4})),
+                       doctest::Contains("q [2, 1, 4] to kept_q [1, 1, 4]"), specattn::contract_error);
 }
 
 }  // namespace kv_cache_testing

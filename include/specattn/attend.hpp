@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "backend.hpp"
 #include "error.hpp"
@@ -56,7 +57,7 @@ struct attend_args {
 };
 
 namespace detail {
-/// The backend's implementation.  // incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
+/// The backend's implementation.
 template <backend B>
 struct attend_impl;
 
@@ -106,6 +107,18 @@ void check_attend(const attend_args<T, B>& a) {
             ", …], needed [", rows, ", ", q_heads, ", …]");
   }
 }
+
+/// \param behind_append  the call before on the context was an append of the slots to args.kv, which may have rotated q:
+///                       on cuda, what does not depend on it begins before it ends
+template <storage T, backend B>
+void attend(context<B>& ctx, const attend_args<T, B>& args, bool behind_append) {
+  check_attend(args);
+  if constexpr (std::is_same_v<B, cpu>) {
+    attend_impl<B>::run(ctx, args);  // incomplete? include <specattn/specattn.hpp>
+  } else {
+    attend_impl<B>::run(ctx, args, behind_append);  // incomplete? include <specattn/cuda.cuh>
+  }
+}
 }  // namespace detail
 
 /// The largest pass that a workspace has to serve.
@@ -140,8 +153,7 @@ std::size_t attend_workspace_bytes(const context<B>& ctx, const attend_shape& sh
 /// \sync   cpu: done on return. cuda: queued on the context's stream.
 template <storage T, backend B>
 void attend(context<B>& ctx, const attend_args<T, B>& args) {
-  detail::check_attend(args);
-  detail::attend_impl<B>::run(ctx, args);  // incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
+  detail::attend(ctx, args, false);
 }
 
 }  // namespace specattn::inline v0_1

@@ -41,21 +41,21 @@ class attention_pass {
 
   void operator()(std::int32_t layer, view<const float, 3, B> q, view<const float, 3, B> k, view<const float, 3, B> v,
                   view<float, 3, B> out) {
-    cache_->append(*ctx_, layer, layout_, k, v);
     if (!log_.empty())  // incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
       detail::key_recording_impl<B>::keep_queries(*ctx_, q, log_.q[layer]);
-    attend_to(layer, q, out);
+    cache_->append(*ctx_, layer, layout_, k, v);
+    attend_to(layer, q, out, k.extent(0) > 0);
   }
   /// The same for q and k not rotated yet; q is rotated in place.
   void operator()(std::int32_t layer, view<float, 3, B> q, view<const float, 3, B> k, view<const float, 3, B> v,
                   view<float, 3, B> out, const rotary_view<B>& rotary) {
-    cache_->append_rotated(*ctx_, layer, layout_, q, k, v, rotary);
-    if (!log_.empty()) detail::key_recording_impl<B>::keep_queries(*ctx_, q, log_.q[layer]);
-    attend_to(layer, q, out);
+    cache_->append_rotated(*ctx_, layer, layout_, q, k, v, rotary,
+                           log_.empty() ? view<float, 3, B>() : log_.q[layer]);
+    attend_to(layer, q, out, k.extent(0) > 0);
   }
 
  private:
-  void attend_to(std::int32_t layer, view<const float, 3, B> q, view<float, 3, B> out) {
+  void attend_to(std::int32_t layer, view<const float, 3, B> q, view<float, 3, B> out, bool appended) {
     if (hook_.call != nullptr) hook_.call(hook_.object, layer, q);
 
     attend_args<T, B> args;
@@ -72,7 +72,7 @@ class attention_pass {
     }
     if (!weights_.empty()) args.recording = {weights_[layer], slots_};
     if (!log_.empty()) args.lse = log_.lse[layer].slice(0, q.extent(0));
-    attend(*ctx_, args);
+    detail::attend(*ctx_, args, appended && hook_.call == nullptr);
   }
 
   context<B>* ctx_;

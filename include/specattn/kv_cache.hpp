@@ -26,8 +26,8 @@ namespace detail {
 ///   write(ctx, layer, row, first, k, v)                              float rows into the cache, rounded
 ///   write(ctx, layer, layout, k, v)                                  the same for a batch; not on the cpu
 ///   write_rotated(ctx, layer, row, first, k, v, rotary)              the same of keys to be rotated, and rows in place;
-///   rotate(ctx, q, rotary)                                           only on the cpu
-///   write_rotated(ctx, layer, layout, q, k, v, rotary)               both for a batch; not on the cpu
+///   rotate(ctx, q, rotary, kept_q)                                   only on the cpu
+///   write_rotated(ctx, layer, layout, q, k, v, rotary, kept_q)       both for a batch; not on the cpu
 ///   compact(ctx, layer 0, layer stride, layers, row, positions)      kept rows to the front, in every layer and head
 ///   publish(ctx, entries, count, table)                              entries of the block table to where kernels read
 ///                                                                    it; not on the cpu
@@ -163,9 +163,11 @@ class kv_cache {
   /// cuda: still one launch, which reads the positions on the device.
   /// \param q       [slots, q_heads, head_dim], every row of which is rotated; must not overlap k or v
   /// \param k, v    [slots, kv_heads, head_dim], left as they are
+  /// \param kept_q  [slots or more, q_heads, head_dim] where rotated queries go, too; empty: nowhere else
   /// \pre    head_dim is even
   void append_rotated(context<B>& ctx, std::int32_t layer, const pass_layout<B>& layout, view<float, 3, B> q,
-                      view<const float, 3, B> k, view<const float, 3, B> v, const rotary_view<B>& rotary) {
+                      view<const float, 3, B> k, view<const float, 3, B> v, const rotary_view<B>& rotary,
+                      view<float, 3, B> kept_q = {}) {
     check_layer(layer, "append_rotated");
     check_rows(k, v);
     check_layout(layout);
@@ -177,16 +179,21 @@ class kv_cache {
                     "kv_cache: append_rotated by ", rotary.positions.extent(0), " positions and ",
                     rotary.inverse_frequencies.extent(0), " frequencies of ", k.extent(0), " slots, head_dim ",
                     shape_.head_dim);
+    detail::expects(kept_q.empty() || (kept_q.extent(0) >= q.extent(0) && kept_q.extent(1) == q.extent(1) &&
+                                       kept_q.extent(2) == q.extent(2)),
+                    "kv_cache: append_rotated of q [", q.extent(0), ", ", q.extent(1), ", ", q.extent(2),
+                    "] to kept_q [", kept_q.extent(0), ", ", kept_q.extent(1), ", ", kept_q.extent(2), "]");
     if constexpr (std::is_same_v<B, cpu>) {
       for_sequences(ctx, layout, [&](std::int32_t row, std::int32_t to, std::int32_t first, std::int32_t count) {
         detail::kv_cache_impl<B>::write_rotated(ctx, this->layer(layer), row, to, k.slice(first, count),
                                                 v.slice(first, count),
                                                 {rotary.positions.slice(first, count), rotary.inverse_frequencies});
       });
-      detail::kv_cache_impl<B>::rotate(ctx, q, rotary);  // last: where a sequence does not fit, q is as it was
+      detail::kv_cache_impl<B>::rotate(ctx, q, rotary,
+                                       kept_q);  // last: where a sequence does not fit, q is as it was
     } else {
       publish(ctx);
-      detail::kv_cache_impl<B>::write_rotated(ctx, this->layer(layer), layout, q, k, v, rotary);
+      detail::kv_cache_impl<B>::write_rotated(ctx, this->layer(layer), layout, q, k, v, rotary, kept_q);
     }
   }
 

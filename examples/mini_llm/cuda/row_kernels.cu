@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <utility>
 
+#include "specattn/cuda/launch.cuh"
 #include "specattn/cuda/mma.cuh"
 
 namespace mini_llm {
@@ -135,20 +136,10 @@ __global__ void silu_kernel(const __grid_constant__ silu_arguments a) {
         {silu_times(gate.x, up.x), silu_times(gate.y, up.y), silu_times(gate.z, up.z), silu_times(gate.w, up.w)});
 }
 
-/// Where the device can (Hopper), the CTAs are placed while the kernel before still runs; each waits for it.
 template <class Arguments>
 void launch(const context<device>& ctx, void (*kernel)(Arguments), dim3 grid, unsigned threads,
             const Arguments& arguments) {
-  cudaLaunchConfig_t config{};
-  config.gridDim = grid;
-  config.blockDim = dim3(threads);
-  config.stream = ctx.stream();
-  cudaLaunchAttribute early{};
-  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  early.val.programmaticStreamSerializationAllowed = 1;
-  config.attrs = &early;
-  config.numAttrs = ctx.code_major() >= 9 ? 1 : 0;
-  specattn::detail::check_cuda(cudaLaunchKernelEx(&config, kernel, arguments), "device_llama");
+  specattn::detail::start_kernel_early(ctx, kernel, grid, static_cast<int>(threads), arguments, "device_llama");
 }
 
 /// Whole warps for `items` of one row, as many as a CTA holds.

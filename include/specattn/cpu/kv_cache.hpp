@@ -85,7 +85,8 @@ struct kv_cache_impl<cpu> {
     });
   }
 
-  static void rotate(context<cpu>& ctx, view<float, 3, cpu> q, const rotary_view<cpu>& rotary) {
+  static void rotate(context<cpu>& ctx, view<float, 3, cpu> q, const rotary_view<cpu>& rotary,
+                     view<float, 3, cpu> kept_q) {
     for_slots(ctx, q, [&](std::ptrdiff_t i) {
       const auto half = static_cast<std::int32_t>(q.extent(2) / 2);
       for (std::int32_t d = 0; d < half; d += slot_rotation::most) {
@@ -96,6 +97,9 @@ struct kv_cache_impl<cpu> {
           for (std::int32_t j = 0; j < by.count; ++j) {
             q(i, head, d + j) = low[j];
             q(i, head, half + d + j) = high[j];
+            if (kept_q.empty()) continue;
+            kept_q(i, head, d + j) = low[j];
+            kept_q(i, head, half + d + j) = high[j];
           }
         }
       }

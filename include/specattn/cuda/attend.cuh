@@ -1,5 +1,6 @@
 // attend() on the device: one launch over shares of all positions, a small one that merges what shares cut and, for a
-// recording, one that makes scores weights.
+// recording, one that makes scores weights. Where little is read a launch takes as long as its instructions take to
+// arrive: each is placed while the one before it runs, and does what it can before that ends.
 //
 // Where blocks of query rows are alike, each has the same number of CTAs to itself. Elsewhere work is divided as in
 // stream-K products: the virtual lists of all blocks, end to end, are cut into as many equal shares as the grid has CTAs,
@@ -15,6 +16,7 @@
 #include <cstdint>
 
 #include "../attend.hpp"
+#include "attend_cut.cuh"
 #include "attend_gather.cuh"
 #include "attend_merge.cuh"
 #include "attend_plain_tile.cuh"
@@ -23,6 +25,7 @@
 #include "attend_tensor_tile.cuh"
 #include "context.cuh"
 #include "key_recording.cuh"
+#include "launch.cuh"
 
 namespace specattn::inline v0_1::detail {
 
@@ -31,25 +34,20 @@ __global__ void __launch_bounds__(Tile::threads, 1) attend_kernel(const __grid_c
   extern __shared__ __align__(1024) std::byte tile_memory[];
   __shared__ attend_plan_memory<Tile::threads> plan;
   __shared__ attend_row_facts facts;
-  wait_for_previous_kernel();
   launch_dependents();
-  find_range(launch, plan);
+  device_block block;
+  find_range(launch, plan, block);
   const attend_cut end = plan.range.end;
   attend_cut at = plan.range.begin;
-  device_block block = plan.first;
   Tile tile(launch, tile_memory, facts);
-  attend_open& open = launch.exchange.open[blockIdx.x];
-  if (threadIdx.x == 0) open.parts = {};
   while (at.group < end.group || (at.group == end.group && at.block <= end.block)) {
     const bool last = at.group == end.group && at.block == end.block;
     if (last && end.position == 0) break;
-    facts.fill(launch, block);
     const attend_parts parts = parts_of(block, plan.range, at, last);
-    if (threadIdx.x == 0 && parts.count > 1 && parts.mine == 0) open = {block, parts};
-    tile.run(block, at.position, last ? end.position : block.attended);
+    tile.run(block, parts, at.position, last ? end.position : block.attended);
     tile.leave();
     __syncthreads();
-    finish_part(launch, tile, block, parts.count == 1 ? -1 : parts.place(parts.mine), facts);
+    finish_part(launch, tile, block, parts.count == 1 ? -1 : part_place(parts.first, parts.mine), facts);
     if (last || plan.range.parts.count > 0) break;
     __syncthreads();
     at.position = 0;
@@ -61,6 +59,7 @@ __global__ void __launch_bounds__(Tile::threads, 1) attend_kernel(const __grid_c
     }
     block = launch.block_of(block, at.block);
   }
+  wait_for_previous_kernel();  // with nothing to do too: who waits for this kernel waits for all before it
 }
 
 template <>
@@ -72,14 +71,18 @@ struct attend_impl<cuda> {
                             (std::max)(shape.head_dim, 0));
   }
 
+  /// \param behind_append  the call before on the context was an append of the slots to args.kv, which may have rotated
+  ///                       q: what does not depend on it begins before it ends
   template <storage T>
-  static void run(context<cuda>& ctx, const attend_args<T, cuda>& args) {
+  static void run(context<cuda>& ctx, const attend_args<T, cuda>& args, bool behind_append = false) {
     if (args.q.extent(0) == 0 || args.kv_lens.extent(0) == 0) return;
+    attend_launch<T> launch{.args = args, .scale = args.scale, .behind_append = behind_append};
+    if (launch.scale == 0.0f) launch.scale = 1.0f / std::sqrt(static_cast<float>(args.kv.head_dim));
     if constexpr (tensor_storage<multiplied<T>>) {
-      if (aligned(args) && run_with_columns(ctx, args)) return;
+      if (aligned(args) && run_with_columns(ctx, launch)) return;
     }
-    expects(start<plain_tile<T>>(ctx, args), "attend: head_dim ", args.kv.head_dim, " needs more shared memory than ",
-            ctx.block_shared_bytes(), " bytes");
+    expects(start<plain_tile<T>>(ctx, launch), "attend: head_dim ", args.kv.head_dim,
+            " needs more shared memory than ", ctx.block_shared_bytes(), " bytes");
   }
 
  private:
@@ -96,29 +99,31 @@ struct attend_impl<cuda> {
 
   /// As many rows a block as sequences have on average: a batch with equal slots wastes none.
   template <storage T>
-  static bool run_with_columns(context<cuda>& ctx, const attend_args<T, cuda>& a) {
+  static bool run_with_columns(context<cuda>& ctx, attend_launch<T>& launch) {
+    const attend_args<T, cuda>& a = launch.args;
     const std::ptrdiff_t slots = (a.q.extent(0) + a.kv_lens.extent(0) - 1) / a.kv_lens.extent(0);
     const std::ptrdiff_t columns = (slots * (a.q.extent(1) / a.kv.kv_heads) + 7) / 8;
-    if (columns == 1) return run_with_head_dim<1>(ctx, a);
-    if (columns == 2 || a.kv.head_dim > 128) return run_with_head_dim<2>(ctx, a);
-    if (columns == 3) return run_with_head_dim<3>(ctx, a);
-    return run_with_head_dim<4>(ctx, a);
+    if (columns == 1) return run_with_head_dim<1>(ctx, launch);
+    if (columns == 2 || a.kv.head_dim > 128) return run_with_head_dim<2>(ctx, launch);
+    if (columns == 3) return run_with_head_dim<3>(ctx, launch);
+    return run_with_head_dim<4>(ctx, launch);
   }
   template <int Columns, storage T>
-  static bool run_with_head_dim(context<cuda>& ctx, const attend_args<T, cuda>& a) {
-    if (a.kv.head_dim <= 32) return start<tensor_tile<T, 32, Columns>>(ctx, a);
-    if (a.kv.head_dim <= 64) return start<tensor_tile<T, 64, Columns>>(ctx, a);
-    if (a.kv.head_dim <= 128) return start<tensor_tile<T, 128, Columns>>(ctx, a);
-    if constexpr (Columns <= 2) return start<tensor_tile<T, 256, Columns>>(ctx, a);
+  static bool run_with_head_dim(context<cuda>& ctx, attend_launch<T>& launch) {
+    const std::int32_t head_dim = launch.args.kv.head_dim;
+    if (head_dim <= 32) return start<tensor_tile<T, 32, Columns>>(ctx, launch);
+    if (head_dim <= 64) return start<tensor_tile<T, 64, Columns>>(ctx, launch);
+    if (head_dim <= 128) return start<tensor_tile<T, 128, Columns>>(ctx, launch);
+    if constexpr (Columns <= 2) return start<tensor_tile<T, 256, Columns>>(ctx, launch);
     return false;
   }
 
   /// Starts the pass; false when a CTA has too little shared memory for it.
   template <class Tile, storage T>
-  static bool start(context<cuda>& ctx, const attend_args<T, cuda>& args) {
-    const std::int32_t group = static_cast<std::int32_t>(args.q.extent(1)) / args.kv.kv_heads;
-    attend_launch<T> launch{args, args.scale, row_division(group, Tile::rows), {}, Tile::most_stages};
-    if (launch.scale == 0.0f) launch.scale = 1.0f / std::sqrt(static_cast<float>(args.kv.head_dim));
+  static bool start(context<cuda>& ctx, attend_launch<T>& launch) {
+    const attend_args<T, cuda>& args = launch.args;
+    launch.rows = row_division(static_cast<std::int32_t>(args.q.extent(1)) / args.kv.kv_heads, Tile::rows);
+    launch.stages = Tile::most_stages;
     const auto shared = [&] { return Tile::shared_bytes(launch.stages, args.kv.head_dim); };
     const auto most = static_cast<std::size_t>(ctx.block_shared_bytes()) - sizeof(attend_plan_memory<Tile::threads>) -
                       sizeof(attend_row_facts);
@@ -134,8 +139,9 @@ struct attend_impl<cuda> {
     check_cuda(cudaFuncSetAttribute(attend_kernel<T, Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                     static_cast<int>(shared())),
                "attend");
-    launch_kernel(ctx, attend_kernel<T, Tile>, grid, Tile::threads, shared(), launch);
-    launch_kernel(ctx, attend_merge_kernel<T>, dim3(grid.x, 8), attend_merge_threads, 0, launch);  // a warp a row
+    start_kernel_early(ctx, attend_kernel<T, Tile>, grid, Tile::threads, launch, "attend", shared());
+    start_kernel_early(ctx, attend_merge_kernel<T>, dim3(merging_ctas(launch)), attend_merge_threads, launch,
+                       "attend");
     if (!args.recording.weights.empty()) finish_recording(ctx, args, launch.exchange);
     return true;
   }
@@ -150,25 +156,7 @@ struct attend_impl<cuda> {
     const std::ptrdiff_t chunks = (weights.extent(2) + attend_recording_chunk - 1) / attend_recording_chunk;
     const std::ptrdiff_t enough = 16 * std::ptrdiff_t{ctx.multiprocessors()} / rows + 1;
     const dim3 grid(static_cast<unsigned>(rows), static_cast<unsigned>((std::min)(chunks, enough)));
-    launch_kernel(ctx, attend_recording_kernel<>, grid, attend_recording_threads, 0, launch);
-  }
-
-  /// A kernel's CTAs may be placed while the one before it on the stream still runs; each waits for it before it
-  /// reads or writes anything.
-  template <class Launch>
-  static void launch_kernel(const context<cuda>& ctx, void (*kernel)(Launch), dim3 grid, int threads,
-                            std::size_t shared_bytes, const Launch& launch) {
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = shared_bytes;
-    config.stream = ctx.stream();
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &early;
-    config.numAttrs = ctx.code_major() >= 9 ? 1 : 0;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, launch), "attend");
+    start_kernel_early(ctx, attend_recording_kernel<>, grid, attend_recording_threads, launch, "attend");
   }
 };
 

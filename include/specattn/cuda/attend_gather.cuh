@@ -37,7 +37,7 @@ class attend_gather {
   /// The position at a virtual one; -1 behind the block's last.
   __device__ std::int32_t position(std::int32_t at) const {
     if (at >= end_) return -1;
-    if (at < kept_) return list_ != nullptr ? list_[at * list_stride_] : at;
+    if (at < kept_) return list_ != nullptr ? __ldcg(list_ + at * list_stride_) : at;
     return at + tail_;
   }
   /// The first element of a position's row; -1 for position -1.
@@ -71,11 +71,13 @@ struct attend_row_facts {
   attention_state states[attend_rows];  ///< when the part is done
   float scales[attend_rows][8];         ///< of the warps' sums
 
+  /// All threads of a CTA call, in front of a barrier; who has the first part of a block tells the merge of all.
   template <storage T>
-  __device__ void fill(const attend_launch<T>& launch, const device_block& b) {
+  __device__ void fill(const attend_launch<T>& launch, const device_block& b, const attend_parts& parts) {
     const auto row = static_cast<int>(threadIdx.x);
     if (row >= attend_rows) return;
     const bool used = row < b.rows;
+    if (used && parts.mine == 0) launch.tell_parts(b, row, parts);
     limits[row] = used ? b.kept + launch.slot_of(b, row) + 1 : 0;
     if (!launch.records()) return;
     const bool kept = used && launch.recorded(b, row);

@@ -9,12 +9,14 @@
 #include "../attention_state.hpp"
 #include "attend_gather.cuh"
 #include "attend_plan.cuh"
+#include "launch.cuh"
 #include "mma.cuh"
 
 namespace specattn::inline v0_1::detail {
 
 inline constexpr int attend_merge_threads = 128;
-inline constexpr int attend_merge_batch = 24;  ///< parts whose sums are on their way at once
+inline constexpr int attend_merge_batch = 16;  ///< parts whose sums are on their way at once
+inline constexpr int attend_merge_width = 64;  ///< elements of a row that a warp merges, two a lane
 
 /// The state of `Lanes` adjacent lanes' states together, in each of them.
 template <int Lanes>
@@ -30,20 +32,18 @@ __device__ __forceinline__ attention_state merge_lanes(attention_state mine) {
 
 /// Writes `Width` elements of a row's result from its merged sums, and with the first its log-sum-exp.
 template <int Width, storage T>
-__device__ __forceinline__ void write_elements(const attend_launch<T>& launch, const device_block& b, int row,
-                                               attention_state state, int d, const float (&sums)[Width]) {
-  const int slot = b.sequence_slot + launch.slot_of(b, row), head = launch.head_of(b, row);
-  const float scale = finish_scale(state) * launch.args.kv.value_scale(b.kv_head);
+__device__ __forceinline__ void write_elements(const attend_launch<T>& launch, std::int32_t slot, std::int32_t head,
+                                               std::int32_t entries, attention_state state, int d,
+                                               const float (&sums)[Width]) {
+  const float scale = finish_scale(state) * launch.args.kv.value_scale(head / launch.rows.group);
   float* out = &launch.args.out(slot, head, d);
 #pragma unroll
   for (int k = 0; k < Width; ++k)
     if (d + k < launch.args.kv.head_dim) out[k * launch.args.out.stride(2)] = sums[k] * scale;
   if (d != 0) return;
   if (!launch.args.lse.empty()) launch.args.lse(slot, head) = log_sum_exp(state);
-  if (launch.records() && launch.recorded(b, row)) {
-    const std::int32_t entries = launch.recorded_length(b.kept + launch.slot_of(b, row) + 1);
+  if (entries >= 0)
     launch.exchange.finished[slot * launch.args.q.extent(1) + head] = {state.max, finish_scale(state), entries};
-  }
 }
 
 /// Merges the warps' sums of a part, which is the whole block (`place` negative) or goes to that place of the exchange.
@@ -76,7 +76,8 @@ __device__ void finish_part(const attend_launch<T>& launch, const Tile& tile, co
       for (int k = 0; k < Tile::width; ++k) sums[k] = std::fma(facts.scales[row][w], from[k], sums[k]);
     }
     if (place < 0) {
-      write_elements(launch, b, row, facts.states[row], d, sums);
+      write_elements(launch, b.sequence_slot + launch.slot_of(b, row), launch.head_of(b, row),
+                     launch.entries_of(b, row), facts.states[row], d, sums);
     } else if (d < launch.exchange.pitch) {
       float* to = launch.exchange.sums + (first_row + row) * launch.exchange.pitch + d;
       if constexpr (Tile::width == 4) *reinterpret_cast<float4*>(to) = {sums[0], sums[1], sums[2], sums[3]};
@@ -85,61 +86,79 @@ __device__ void finish_part(const attend_launch<T>& launch, const Tile& tile, co
   }
 }
 
-/// Merges one row of an open block, four elements a lane, in the order of the parts; a warp calls. The sums are on their
-/// way while the states are merged.
+/// Merges elements from `first` on of a row of q, in the order of the parts; a warp calls. The sums are on their way
+/// while the states are merged.
 template <storage T>
-__device__ __forceinline__ void merge_row(const attend_launch<T>& launch, const attend_open& open, int row) {
+__device__ __forceinline__ void merge_row(const attend_launch<T>& launch, std::int32_t slot, std::int32_t head,
+                                          int first, const attend_row_parts& parts, bool write) {
   constexpr int batch = attend_merge_batch;
-  const int lane = static_cast<int>(threadIdx.x) % 32, quads = launch.exchange.pitch / 4;
-  const std::int32_t count = open.parts.count;
-  const auto row_of = [&](std::int32_t part) { return open.parts.place(part) * attend_rows + row; };
+  const int lane = static_cast<int>(threadIdx.x) % 32, d = first + 2 * lane;
+  const std::ptrdiff_t pitch = launch.exchange.pitch;
+  const bool inside = d < pitch;
+  const auto row_of = [&](std::int32_t part) { return part_place(parts.first, part) * attend_rows + parts.row; };
   const auto state_of = [&](std::int32_t part) {  // of lane's part in a batch
-    return lane < batch && part < count ? launch.exchange.states[row_of(part)] : attention_state{};
+    return lane < batch && part < parts.count ? launch.exchange.states[row_of(part)] : attention_state{};
   };
   const attention_state mine = state_of(lane);
   attention_state all = mine;
 #pragma unroll 1
-  for (std::int32_t part = batch + lane; part - lane < count; part += batch) all = merge(all, state_of(part)).state;
+  for (std::int32_t part = batch + lane; part - lane < parts.count; part += batch)
+    all = merge(all, state_of(part)).state;
+  float sum[2] = {};
 #pragma unroll 1
-  for (int d = lane; d - lane < quads; d += 32) {
-    float sum[4] = {};
-#pragma unroll 1
-    for (std::int32_t first = 0; first < count; first += batch) {
-      float4 of[batch];
-      const float4* from = reinterpret_cast<const float4*>(launch.exchange.sums) + row_of(first) * quads + d;
+  for (std::int32_t begin = 0; begin < parts.count; begin += batch) {
+    float2 of[batch];
+    const float* from = launch.exchange.sums + row_of(begin) * pitch + d;
 #pragma unroll
-      for (int i = 0; i < batch; ++i) {
-        of[i] = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (first + i < count && d < quads) of[i] = *from;
-        from += (first + i == 0 ? 1 : 2) * attend_rows * quads;
-      }
-      if (first == 0 && d == lane) all = merge_lanes<32>(all);
-      const float scale = scale_to(first == 0 ? mine : state_of(first + lane), all.max);
-#pragma unroll
-      for (int i = 0; i < batch; ++i) {
-        const float by = __shfl_sync(~0u, scale, i);
-        sum[0] = std::fma(by, of[i].x, sum[0]);
-        sum[1] = std::fma(by, of[i].y, sum[1]);
-        sum[2] = std::fma(by, of[i].z, sum[2]);
-        sum[3] = std::fma(by, of[i].w, sum[3]);
-      }
+    for (int i = 0; i < batch; ++i) {
+      of[i] = {0.0f, 0.0f};
+      if (begin + i < parts.count && inside) of[i] = *reinterpret_cast<const float2*>(from);
+      from += (begin + i == 0 ? 1 : 2) * attend_rows * pitch;
     }
-    if (d < quads) write_elements(launch, open.block, row, all, 4 * d, sum);
+    if (begin == 0) all = merge_lanes<32>(all);
+    const float scale = scale_to(begin == 0 ? mine : state_of(begin + lane), all.max);
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+      const float by = __shfl_sync(~0u, scale, i);
+      sum[0] = std::fma(by, of[i].x, sum[0]);
+      sum[1] = std::fma(by, of[i].y, sum[1]);
+    }
   }
+  if (write && inside) write_elements(launch, slot, head, parts.entries, all, d, sum);
 }
 
-/// One CTA of (shares, helpers): the helpers of a share take turns at its open block's rows.
+/// CTAs that merge a pass's rows.
+template <storage T>
+unsigned merging_ctas(const attend_launch<T>& launch) {
+  const std::ptrdiff_t warps = blocks_of(launch.exchange.pitch, attend_merge_width);
+  return blocks_of(launch.args.q.extent(0) * launch.args.q.extent(1) * warps, attend_merge_threads / 32);
+}
+
+/// A warp takes some elements of a row of q, where it is of a sequence and its block was in parts. While the kernel before
+/// still runs it rehearses on one part, whatever that holds, and writes nothing: instructions and arguments are then at
+/// hand, which otherwise take longer to come than the parts.
 template <storage T>
 __global__ void __launch_bounds__(attend_merge_threads)
     attend_merge_kernel(const __grid_constant__ attend_launch<T> launch) {
-  wait_for_previous_kernel();
+  const auto q_heads = static_cast<std::uint32_t>(launch.args.q.extent(1));
+  const auto warps = static_cast<std::uint32_t>(launch.exchange.pitch + attend_merge_width - 1) / attend_merge_width;
+  const std::uint32_t warp = (blockIdx.x * attend_merge_threads + threadIdx.x) / 32, row = warp / warps;
+  const auto slot = static_cast<std::int32_t>(row / q_heads);
+  const auto head = static_cast<std::int32_t>(row - static_cast<std::uint32_t>(slot) * q_heads);
+  const auto first = static_cast<int>(warp - row * warps) * attend_merge_width;
   launch_dependents();
-  const attend_open open = launch.exchange.open[blockIdx.x];
-  if (open.parts.count == 0) return;
-  constexpr int warps = attend_merge_threads / 32;
-  for (int row = static_cast<int>(blockIdx.y) * warps + static_cast<int>(threadIdx.x) / 32; row < open.block.rows;
-       row += static_cast<int>(gridDim.y) * warps)
-    merge_row(launch, open, row);
+  attend_row_parts parts{0, slot < launch.args.q.extent(0) ? 1 : 0, 0, -1};
+#pragma unroll 1
+  for (bool rehearsal = true;; rehearsal = false) {
+    merge_row(launch, slot, head, first, parts, !rehearsal);
+    if (!rehearsal) return;
+    wait_for_previous_kernel();
+    if (slot >= launch.args.q.extent(0)) return;
+    const auto& offsets = launch.args.slot_offsets;
+    const std::int32_t begin = offsets[0], end = offsets[offsets.extent(0) - 1];
+    parts = launch.exchange.rows[row];
+    if (slot < begin || slot >= end || parts.count <= 1) return;
+  }
 }
 
 }  // namespace specattn::inline v0_1::detail

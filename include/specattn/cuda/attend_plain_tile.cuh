@@ -31,11 +31,13 @@ class plain_tile {
     weights_ = region_ + rows * (head_dim_ + 2);
   }
 
-  __device__ void run(const device_block& b, std::int32_t begin, std::int32_t end) {
+  __device__ void run(const device_block& b, const attend_parts& parts, std::int32_t begin, std::int32_t end) {
     for (int i = lane(); i < rows * head_dim_; i += 32) region_[i] = 0.0f;
     for (int i = lane(); i < rows; i += 32) states_of(warp())[i] = attention_state{};
     const attend_gather<T> gather(launch_.args, b);
+    wait_for_previous_kernel();
     load_queries(b);
+    facts_.fill(launch_, b, parts);
     __syncthreads();
     for (std::int32_t first = begin + warp() * 32; first < end; first += warps * 32) {
       const std::int32_t at = first + lane();
@@ -129,7 +131,7 @@ class plain_tile {
   }
 
   const attend_launch<T>& launch_;
-  const attend_row_facts& facts_;
+  attend_row_facts& facts_;
   int head_dim_;
   float* queries_;  ///< [rows, head_dim]
   float* region_;   ///< this warp's [rows, head_dim] sums, [rows] states, [rows, 32] weights

@@ -1,6 +1,5 @@
-// How the device's attend() divides a pass: query rows into blocks, the positions of all blocks into one equal share
-// for each CTA. Every CTA finds its own share from the lengths and counts as they are in memory; a fixed grid, no
-// plan before the launch, and nothing on the host.
+// What the device's attend() divides and exchanges: query rows into blocks, the positions of all blocks into shares, a CTA
+// each (attend_cut.cuh), whose parts of a block meet in the workspace.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,6 +10,7 @@
 #include "../attend.hpp"
 #include "../attention_state.hpp"
 #include "context.cuh"
+#include "mma.cuh"
 
 namespace specattn::inline v0_1::detail {
 
@@ -56,7 +56,10 @@ struct row_division {
     return static_cast<std::int32_t>(static_cast<std::uint32_t>(row) * group_inverse >> 16);
   }
   /// Blocks that share their slots come together: a step.
-  SPECATTN_HD std::int32_t steps(std::int32_t slots) const { return (slots + slots_a_block - 1) / slots_a_block; }
+  SPECATTN_HD std::int32_t steps(std::int32_t slots) const {
+    if (slots <= slots_a_block) return slots > 0 ? 1 : 0;  // a division is slow, and hardly ever needed
+    return (slots + slots_a_block - 1) / slots_a_block;
+  }
   SPECATTN_HD std::int32_t blocks(std::int32_t slots) const { return steps(slots) * blocks_a_slot; }
   /// Virtual positions of the last row of a step's blocks, and what starting a block is worth.
   SPECATTN_HD std::int64_t block_cost(std::int32_t step, std::int32_t kept, std::int32_t slots) const {
@@ -77,15 +80,18 @@ struct attend_parts {
   std::int32_t first = 0;
   std::int32_t count = 0;
   std::int32_t mine = 0;
-
-  /// Where part p lies in the exchange.
-  __device__ std::int32_t place(std::int32_t p) const { return 2 * (first + p) + (p == 0 ? 1 : 0); }
 };
+/// Where part p of a block that share `first` begins lies in the exchange.
+__device__ __forceinline__ std::int32_t part_place(std::int32_t first, std::int32_t p) {
+  return 2 * (first + p) + (p == 0 ? 1 : 0);
+}
 
-/// A block that several shares work on, as the first of them leaves it for the merge; of no parts: there is none.
-struct attend_open {
-  device_block block;
-  attend_parts parts;
+/// Where the parts of one row of q lie, as the share that begins the row's block leaves it for the merge.
+struct alignas(16) attend_row_parts {
+  std::int32_t first = 0;    ///< share
+  std::int32_t count = 0;    ///< of parts; where it is one there is nothing to merge
+  std::int32_t row = 0;      ///< of the block
+  std::int32_t entries = 0;  ///< to be recorded; -1: the row is not
 };
 
 /// A row's end: what makes its recorded scores its weights.
@@ -101,10 +107,10 @@ struct attend_exchange {
   float* sums = nullptr;                ///< [2 * shares, attend_rows, pitch]
   attention_state* states = nullptr;    ///< [2 * shares, attend_rows]
   attend_finished* finished = nullptr;  ///< [slots, q_heads]
-  attend_open* open = nullptr;          ///< [shares] the block that a share begins and others go on with
+  attend_row_parts* rows = nullptr;     ///< [slots, q_heads]
   std::int32_t pitch = 0;               ///< head_dim in whole 16 bytes
 
-  std::size_t lay_out(std::byte* base, std::size_t shares, std::size_t rows, std::int32_t head_dim) {
+  std::size_t lay_out(std::byte* base, std::size_t shares, std::size_t q_rows, std::int32_t head_dim) {
     pitch = (head_dim + 3) / 4 * 4;
     std::size_t bytes = 0;
     const auto take = [&](auto*& array, std::size_t count) {
@@ -114,9 +120,23 @@ struct attend_exchange {
     };
     take(sums, 2 * shares * attend_rows * static_cast<std::size_t>(pitch));
     take(states, 2 * shares * attend_rows);
-    take(open, shares);
-    take(finished, rows);
+    take(finished, q_rows);
+    take(rows, q_rows);
     return bytes;
+  }
+};
+
+/// What memory holds about a group (sequence, kv head).
+struct attend_group {
+  std::int32_t slots_begin = 0;
+  std::int32_t slots_end = 0;
+  std::int32_t kv_len = 0;
+  std::int32_t cache_row = 0;
+  std::int32_t count = keep_all;
+
+  __device__ bool operator==(const attend_group& b) const {
+    return slots_begin == b.slots_begin && slots_end == b.slots_end && kv_len == b.kv_len &&
+           cache_row == b.cache_row && count == b.count;
   }
 };
 
@@ -125,9 +145,10 @@ template <storage T>
 struct attend_launch {
   attend_args<T, cuda> args;
   float scale = 1.0f;
-  row_division rows;
-  attend_exchange exchange;
-  std::int32_t stages = 2;  ///< tiles of positions that a warp has under way or at hand
+  row_division rows{1, 1};
+  attend_exchange exchange{};
+  std::int32_t stages = 2;     ///< tiles of positions that a warp has under way or at hand
+  bool behind_append = false;  ///< the kernel before wrote q and the slots' rows of the cache, and nothing else
 
   __device__ bool records() const { return !args.recording.weights.empty(); }
   __device__ std::int32_t groups() const {
@@ -156,24 +177,48 @@ struct attend_launch {
     return attended < room ? attended : static_cast<std::int32_t>(room);
   }
 
-  /// What the blocks of a group (sequence, kv head) share. Counts outside a list's row are cut to it.
-  __device__ device_block group_at(std::int32_t g) const {
+  /// Entries that a row of a block leaves in the recording; -1: it is not recorded.
+  __device__ std::int32_t entries_of(const device_block& b, int row) const {
+    return records() && recorded(b, row) ? recorded_length(b.kept + slot_of(b, row) + 1) : -1;
+  }
+  /// Says where the parts of a block's row are.
+  __device__ void tell_parts(const device_block& b, int row, const attend_parts& parts) const {
+    const std::ptrdiff_t slot = b.sequence_slot + slot_of(b, row);
+    exchange.rows[slot * args.q.extent(1) + head_of(b, row)] = {parts.first, parts.count, row, entries_of(b, row)};
+  }
+
+  /// What memory says of a group.
+  __device__ attend_group read_group(std::int32_t g) const {
+    const auto sequence =
+        static_cast<std::int32_t>(static_cast<std::uint32_t>(g) / static_cast<std::uint32_t>(args.kv.kv_heads));
+    const std::ptrdiff_t list = sequence * args.kept_sequence_stride + g - sequence * args.kv.kv_heads;
+    attend_group group;
+    group.slots_begin = read_now(&args.slot_offsets[sequence]);
+    group.slots_end = read_now(&args.slot_offsets[sequence + 1]);
+    group.kv_len = read_now(&args.kv_lens[sequence]);
+    group.cache_row = args.cache_rows.empty() ? sequence : read_now(&args.cache_rows[sequence]);
+    if (!args.kept.counts.empty()) group.count = read_now(&args.kept.counts[list]);
+    return group;
+  }
+  /// What the blocks of a group share. A count outside a list's row is cut to it, and numbers that are not written yet
+  /// make no more blocks than q has slots.
+  __device__ device_block group_of(std::int32_t g, const attend_group& group) const {
     device_block b;
     b.sequence =
         static_cast<std::int32_t>(static_cast<std::uint32_t>(g) / static_cast<std::uint32_t>(args.kv.kv_heads));
     b.kv_head = g - b.sequence * args.kv.kv_heads;
-    b.sequence_slot = args.slot_offsets[b.sequence];
-    b.slots = args.slot_offsets[b.sequence + 1] - b.sequence_slot;
-    b.kv_len = b.kept = args.kv_lens[b.sequence];
-    b.cache_row = args.cache_rows.empty() ? b.sequence : args.cache_rows[b.sequence];
-    if (args.kept.counts.empty()) return b;
-    const std::int32_t count = args.kept.counts[b.sequence * args.kept_sequence_stride + b.kv_head];
-    if (count == keep_all) return b;
+    b.sequence_slot = group.slots_begin;
+    const std::int32_t slots = group.slots_end - group.slots_begin, all = static_cast<std::int32_t>(args.q.extent(0));
+    b.slots = slots < 0 ? 0 : slots < all ? slots : all;
+    b.kv_len = b.kept = group.kv_len < 0 ? 0 : group.kv_len;
+    b.cache_row = group.cache_row;
+    if (group.count == keep_all) return b;
     b.masked = args.slot_masks.empty() ? 0 : 1;
     const auto most = static_cast<std::int32_t>(args.kept.capacity() < b.kv_len ? args.kept.capacity() : b.kv_len);
-    b.kept = count < 0 ? 0 : count < most ? count : most;
+    b.kept = group.count < 0 ? 0 : group.count < most ? group.count : most;
     return b;
   }
+  __device__ device_block group_at(std::int32_t g) const { return group_of(g, read_group(g)); }
   /// Of all blocks of a group.
   __device__ std::int64_t group_cost(const device_block& b) const {
     return rows.cost_before(rows.steps(b.slots), b.kept, b.slots);
@@ -225,161 +270,6 @@ __device__ __forceinline__ attend_parts parts_of(const device_block& b, const at
   parts.count = parts.mine + 1;
   if (open) parts.count += static_cast<std::int32_t>(1 + (range.end.left - 1) / range.share);
   return parts;
-}
-
-/// Of all blocks, or of those of some groups.
-struct attend_totals {
-  std::int64_t cost = 0;
-  std::uint32_t blocks = 0;
-  std::uint32_t longest = 0;  ///< virtual positions of a block
-  std::uint32_t most = 0;     ///< blocks of a group
-};
-
-template <int Threads>
-struct attend_plan_memory {
-  attend_range range;
-  device_block first;  ///< the block that the range begins in
-  attend_totals warps[Threads / 32];
-};
-
-/// Where in group g, whose blocks' common part is b, the cost `x` falls.
-template <storage T>
-__device__ __forceinline__ attend_cut cut_in_group(const attend_launch<T>& launch, std::int32_t g,
-                                                   const device_block& b, std::int64_t x) {
-  std::int32_t step = 0, behind = launch.rows.steps(b.slots);
-  while (behind - step > 1) {
-    const std::int32_t middle = (step + behind) / 2;
-    (launch.rows.cost_before(middle, b.kept, b.slots) <= x ? step : behind) = middle;
-  }
-  x -= launch.rows.cost_before(step, b.kept, b.slots);
-  const std::int64_t cost = launch.rows.block_cost(step, b.kept, b.slots);
-  attend_cut cut;
-  cut.group = g;
-  for (cut.block = step * launch.rows.blocks_a_slot; x >= cost; x -= cost) ++cut.block;
-  cut.left = static_cast<std::uint32_t>(cost - x);
-  const auto position = static_cast<std::int32_t>(x) - attend_block_cost;
-  cut.position = position < 0 ? 0 : position / attend_tile * attend_tile;
-  return cut;
-}
-
-/// total / shares, rounded up. Divisions of 64 bits are slow, and hardly ever needed.
-__device__ __forceinline__ std::int64_t even_share(std::int64_t total, std::uint32_t shares) {
-  if (total <= INT32_MAX) return (static_cast<std::uint32_t>(total) + shares - 1) / shares;
-  return (total + shares - 1) / shares;
-}
-
-/// Totals of the whole CTA from its threads', and the cost of the threads before this one.
-template <int Threads>
-__device__ __forceinline__ attend_totals add_up(const attend_totals& mine, attend_totals (&warps)[Threads / 32],
-                                                std::int64_t& before) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
-  attend_totals sum = mine;
-#pragma unroll
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const std::int64_t below = __shfl_up_sync(~0u, sum.cost, distance);
-    if (lane >= distance) sum.cost += below;
-  }
-  before = sum.cost - mine.cost;
-  sum.blocks = __reduce_add_sync(~0u, mine.blocks);
-  sum.longest = __reduce_max_sync(~0u, mine.longest);
-  sum.most = __reduce_max_sync(~0u, mine.most);
-  if (lane == 31) warps[warp] = sum;
-  __syncthreads();
-  sum = attend_totals{};
-#pragma unroll
-  for (int w = 0; w < Threads / 32; ++w) {
-    const attend_totals& of = warps[w];
-    if (w < warp) before += of.cost;
-    sum.cost += of.cost;
-    sum.blocks += of.blocks;
-    sum.longest = sum.longest > of.longest ? sum.longest : of.longest;
-    sum.most = sum.most > of.most ? sum.most : of.most;
-  }
-  return sum;
-}
-
-/// Equal shares of all blocks' costs, wherever they end.
-template <storage T>
-__device__ void cut_anywhere(const attend_launch<T>& launch, std::int32_t begin, std::int32_t end, device_block group,
-                             std::int64_t before, std::int64_t total, attend_range& range, device_block& block) {
-  const std::int64_t even = even_share(total, gridDim.x);
-  const std::int64_t share = even < attend_least_share ? attend_least_share : even;
-  const std::int64_t first = share * blockIdx.x, last = first + share;
-  if (threadIdx.x == 0) {
-    range.parts = {};
-    range.share = share < UINT32_MAX ? static_cast<std::uint32_t>(share) : UINT32_MAX;
-    if (first >= total) range.begin = {launch.groups(), 0, 0, 0};
-    if (last >= total) range.end = {launch.groups(), 0, 0, 0};
-  }
-  for (std::int32_t g = begin; g < end && before <= last; ++g) {
-    if (end - begin > 1) group = launch.group_at(g);
-    const std::int64_t behind = before + launch.group_cost(group);
-    if (before <= first && first < behind) {
-      range.begin = cut_in_group(launch, g, group, first - before);
-      block = launch.block_of(group, range.begin.block);
-    }
-    if (before <= last && last < behind) range.end = cut_in_group(launch, g, group, last - before);
-    before = behind;
-  }
-}
-
-/// `parts` CTAs for each block, or fewer where it is short. Every group has `blocks` blocks.
-template <storage T>
-__device__ void cut_each_block(const attend_launch<T>& launch, std::int32_t begin, std::int32_t end,
-                               const device_block& group, std::uint32_t parts, std::uint32_t blocks,
-                               attend_range& range, device_block& block) {
-  const std::uint32_t index = blockIdx.x / parts, mine = blockIdx.x - index * parts;
-  const auto g = static_cast<std::int32_t>(index / blocks), b = static_cast<std::int32_t>(index % blocks);
-  if (threadIdx.x == 0 && g >= launch.groups()) range.begin.group = 1, range.end.group = 0, range.parts = {};
-  if (g < begin || g >= end) return;
-  block = launch.block_of(end - begin > 1 ? launch.group_at(g) : group, b);
-  const std::uint32_t tiles = (static_cast<std::uint32_t>(block.attended) + attend_tile - 1) / attend_tile;
-  const std::uint32_t even = (tiles + parts - 1) / parts, least = attend_least_share / attend_tile;
-  const std::uint32_t each = even < least ? least : even;
-  const std::uint32_t count = (tiles + each - 1) / each;
-  const auto position = static_cast<std::int32_t>(mine * each * attend_tile);
-  range.begin = {g, b, position, 0};
-  range.end = {g, b, position + static_cast<std::int32_t>(each) * attend_tile, 0};
-  range.parts = {static_cast<std::int32_t>(index * parts), static_cast<std::int32_t>(count),
-                 static_cast<std::int32_t>(mine)};
-  if (mine + 1 == count) range.end = {g, b + 1, 0, 0};
-  if (mine >= count) range.begin.group = g + 1;  // nothing to do
-}
-
-/// Finds the share of this CTA; all of its threads call. A thread has as many adjacent groups as are needed. Where
-/// blocks are equal enough and few enough, each has CTAs of its own, so that none begins a second one; else shares cross
-/// from one block to the next.
-template <int Threads, storage T>
-__device__ void find_range(const attend_launch<T>& launch, attend_plan_memory<Threads>& memory) {
-  const std::int32_t groups = launch.groups(), each = (groups + Threads - 1) / Threads;
-  const std::int32_t begin = static_cast<std::int32_t>(threadIdx.x) * each;
-  const std::int32_t end = begin + each < groups ? begin + each : groups;
-  device_block group;
-  attend_totals mine;
-  for (std::int32_t g = begin; g < end; ++g) {
-    group = launch.group_at(g);
-    const auto blocks = static_cast<std::uint32_t>(launch.rows.blocks(group.slots));
-    const auto longest = static_cast<std::uint32_t>(group.kept + group.slots);
-    mine.cost += launch.group_cost(group);
-    mine.blocks += blocks;
-    mine.longest = mine.longest > longest ? mine.longest : longest;
-    mine.most = mine.most > blocks ? mine.most : blocks;
-  }
-  std::int64_t before = 0;
-  const attend_totals all = add_up<Threads>(mine, memory.warps, before);
-  bool aligned =
-      all.blocks > 0 && all.blocks <= gridDim.x && all.most * static_cast<std::uint32_t>(groups) == all.blocks;
-  const std::uint32_t parts = aligned ? gridDim.x / all.blocks : 1;
-  if (aligned) {  // a share may be a little longer than an even one: fewer CTAs read as fast
-    const std::int64_t longest = (all.longest + parts - 1) / parts;
-    aligned = longest * gridDim.x <= all.cost + all.cost / 16;
-  }
-  if (aligned) {
-    cut_each_block(launch, begin, end, group, parts, all.most, memory.range, memory.first);
-  } else {
-    cut_anywhere(launch, begin, end, group, before, all.cost, memory.range, memory.first);
-  }
-  __syncthreads();
 }
 
 }  // namespace specattn::inline v0_1::detail

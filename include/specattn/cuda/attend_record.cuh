@@ -71,8 +71,8 @@ __global__ void __launch_bounds__(attend_recording_threads)
     attend_recording_kernel(const __grid_constant__ attend_recording_launch launch) {
   const auto heads = static_cast<std::uint32_t>(launch.weights.extent(1));
   const std::uint32_t row = blockIdx.x / heads, head = blockIdx.x - row * heads;
-  wait_for_previous_kernel();
   launch_dependents();
+  wait_for_previous_kernel();
   const std::int32_t slot = launch.slot_of(static_cast<std::int32_t>(row));
   if (slot < 0) return;
   const attend_finished by = launch.finished[std::ptrdiff_t{slot} * heads + head];

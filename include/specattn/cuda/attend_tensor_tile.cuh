@@ -43,8 +43,9 @@ class tensor_tile : tensor_layout<T, HeadDim> {
   }
 
   /// This warp's tiles of virtual positions [begin, end): every warps-th from its own on. All threads call; the
-  /// queries are loaded while the first tiles are on their way.
-  __device__ void run(const device_block& b, std::int32_t begin, std::int32_t end) {
+  /// queries are loaded while the first tiles are on their way. Of the kernel before, queries and the slots' own rows are
+  /// waited for here.
+  __device__ void run(const device_block& b, const attend_parts& parts, std::int32_t begin, std::int32_t end) {
     const attend_gather<T> gather(launch_.args, b);
     const std::int32_t stride = warps * attend_tile;
     std::int32_t ahead = begin + warp() * attend_tile;  // the tile whose copies start next
@@ -55,8 +56,6 @@ class tensor_tile : tensor_layout<T, HeadDim> {
     std::int32_t early[most_stages];  // positions that are needed before the loop, under way together
 #pragma unroll
     for (int i = 0; i < most_stages; ++i) early[i] = position(ahead + i * stride);
-    float queries[pairs][2];
-    load_queries(b, queries);
     if constexpr (scaled_storage<T>) key_scale_ = launch_.args.kv.key_scale(b.kv_head);
     policy_ = copy_policy(launch_.rows.blocks(b.slots) > 1);
     std::uint32_t to = 0, at = 0;
@@ -67,10 +66,17 @@ class tensor_tile : tensor_layout<T, HeadDim> {
       ahead += stride;
     };
 #pragma unroll
-    for (int i = 0; i < most_stages - 1; ++i)
-      if (i + 1 < launch_.stages) fetch(gather.offset(early[i]));
+    for (int i = 0; i < most_stages - 1; ++i) {
+      if (i + 1 >= launch_.stages) continue;
+      if (ahead + attend_tile > b.kept) wait_for_previous_kernel();  // the slots' own rows
+      fetch(gather.offset(early[i]));
+    }
+    wait_for_previous_kernel();
+    float queries[pairs][2];
+    load_queries(b, queries);
     std::int32_t next = early[most_stages - 1];
     if (launch_.stages < most_stages) next = position(ahead);
+    facts_.fill(launch_, b, parts);
     store_queries(queries);
     __syncthreads();
     clear();
@@ -358,7 +364,7 @@ class tensor_tile : tensor_layout<T, HeadDim> {
   }
 
   const attend_launch<T>& launch_;
-  const attend_row_facts& facts_;
+  attend_row_facts& facts_;
   uint4* queries_;
   std::byte* region_;              ///< this warp's: the ring, then its sums and states
   std::uint32_t stages_;           ///< the ring's address

@@ -10,8 +10,8 @@
 
 #include "../kv_cache.hpp"
 #include "context.cuh"
+#include "launch.cuh"
 #include "mma.cuh"
-#include "slots.cuh"
 
 namespace specattn::inline v0_1::detail {
 
@@ -34,10 +34,17 @@ struct kv_place {
   std::int32_t row, position;
 };
 
+/// Whole warps call: a lane reads all about a sequence at once, so that nothing waits for whose the slot is.
 __device__ inline kv_place place_behind(const pass_layout<cuda>& layout, std::ptrdiff_t slot) {
-  const std::int32_t s = sequence_of(layout.slot_offsets, slot);
-  if (s == layout.sequences()) return {-1, 0};
-  return {layout.cache_rows[s], layout.kv_lens[s] + static_cast<std::int32_t>(slot - layout.slot_offsets[s])};
+  kv_place mine{-1, 0};
+  for (std::int32_t s = static_cast<std::int32_t>(threadIdx.x) % 32; s < layout.sequences(); s += 32) {
+    const std::ptrdiff_t begin = layout.slot_offsets[s], end = layout.slot_offsets[s + 1];
+    const kv_place at{layout.cache_rows[s], layout.kv_lens[s] + static_cast<std::int32_t>(slot - begin)};
+    if (begin <= slot && slot < end) mine = at;
+  }
+  const int owner = __ffs(static_cast<int>(__ballot_sync(~0u, mine.row >= 0))) - 1;
+  return {__shfl_sync(~0u, mine.row, owner),
+          __shfl_sync(~0u, mine.position, owner)};  // owner -1: of lane 31, {-1, 0}
 }
 
 /// A warp takes one head of one slot; blockIdx.y says whether its key or its value.
@@ -74,6 +81,8 @@ __global__ void __launch_bounds__(kv_threads) kv_write_kernel(const __grid_const
 
 // ---- write rotated ------------------------------------------------------------------------------------------
 
+inline constexpr int kv_rotate_threads = 128;  ///< few: CTAs of the attention behind are placed beside them
+
 template <storage T>
 struct kv_write_rotated {
   kv_view<T, cuda> layer;
@@ -81,41 +90,67 @@ struct kv_write_rotated {
   view<float, 3, cuda> q;           // [slots, q_heads, head_dim], rotated in place
   view<const float, 3, cuda> k, v;  // [slots, kv_heads, head_dim]
   rotary_view<cuda> rotary;
+  view<float, 3, cuda> kept_q;  // [slots or more, q_heads, head_dim]; empty: nowhere else
 };
 
-/// blockIdx.x is the slot; a warp takes one head of it: the queries' heads, then the keys', then the values'.
+/// blockIdx.x is the slot; a warp takes one head of it: the queries' heads, then the keys', then the values'. What it
+/// reads is under way before anything is made of it.
 template <storage T>
-__global__ void __launch_bounds__(kv_threads)
+__global__ void __launch_bounds__(kv_rotate_threads)
     kv_write_rotated_kernel(const __grid_constant__ kv_write_rotated<T> args) {
-  wait_for_previous_kernel();
-  launch_dependents();
+  constexpr int batch = 4;  // pairs a lane has under way
   const kv_view<T, cuda>& layer = args.layer;
   const auto q_heads = static_cast<std::int32_t>(args.q.extent(1)), half = layer.head_dim / 2;
   const auto lane = static_cast<std::int32_t>(threadIdx.x) % 32;
   const std::ptrdiff_t slot = blockIdx.x;
   std::int32_t head =
-      static_cast<std::int32_t>(blockIdx.y) * (kv_threads / 32) + static_cast<std::int32_t>(threadIdx.x) / 32;
-  if (head >= q_heads + 2 * layer.kv_heads) return;
-  const auto turn = [&](std::int32_t d, float& first, float& second) {
-    rotate(rotation_at(args.rotary.positions[slot], args.rotary.inverse_frequencies[d]), first, second);
+      static_cast<std::int32_t>(blockIdx.y) * (kv_rotate_threads / 32) + static_cast<std::int32_t>(threadIdx.x) / 32;
+  const bool is_query = head < q_heads, is_value = head >= q_heads + layer.kv_heads;
+  if (!is_query) head -= is_value ? q_heads + layer.kv_heads : q_heads;
+  wait_for_previous_kernel();
+  launch_dependents();
+  if (head >= (is_query ? q_heads : layer.kv_heads)) return;
+  const float* const from = is_query   ? &args.q(slot, head, 0)
+                            : is_value ? &args.v(slot, head, 0)
+                                       : &args.k(slot, head, 0);
+  const std::ptrdiff_t stride = is_query ? args.q.stride(2) : is_value ? args.v.stride(2) : args.k.stride(2);
+  const std::int32_t position = is_value ? 0 : args.rotary.positions[slot];
+  float first[batch], second[batch], frequency[batch];
+  const auto each = [&](std::int32_t begin, auto&& act) {
+#pragma unroll
+    for (int i = 0; i < batch; ++i) {
+      if (begin + 32 * i < half) act(begin + 32 * i, i);
+    }
   };
-  if (head < q_heads) {
-    for (std::int32_t d = lane; d < half; d += 32) turn(d, args.q(slot, head, d), args.q(slot, head, half + d));
-    return;
-  }
-  const kv_place at = place_behind(args.layout, slot);
-  if (at.row < 0) return;
-  head -= q_heads;
-  const bool is_key = head < layer.kv_heads;
-  if (!is_key) head -= layer.kv_heads;
-  T* const to = (is_key ? layer.keys : layer.values) + layer.offset(at.row, at.position, head);
-  const float inverse_scale = 1.0f / (is_key ? layer.key_scale(head) : layer.value_scale(head));
-  for (std::int32_t d = lane; d < half; d += 32) {
-    const view<const float, 3, cuda>& from = is_key ? args.k : args.v;
-    float first = from(slot, head, d), second = from(slot, head, half + d);
-    if (is_key) turn(d, first, second);
-    to[d] = stored<T>(first, inverse_scale);
-    to[half + d] = stored<T>(second, inverse_scale);
+  kv_place at{0, 0};
+  for (std::int32_t base = 0; base < half; base += 32 * batch) {
+    const std::int32_t begin = base + lane;
+    each(begin, [&](std::int32_t d, int i) {
+      first[i] = from[d * stride];
+      second[i] = from[(half + d) * stride];
+      if (!is_value) frequency[i] = args.rotary.inverse_frequencies[d];
+    });
+    if (!is_query && base == 0) at = place_behind(args.layout, slot);
+    if (at.row < 0) return;
+    each(begin, [&](std::int32_t, int i) {
+      if (!is_value) rotate(rotation_at(position, frequency[i]), first[i], second[i]);
+    });
+    if (is_query) {
+      each(begin, [&](std::int32_t d, int i) {
+        args.q(slot, head, d) = first[i];
+        args.q(slot, head, half + d) = second[i];
+        if (args.kept_q.empty()) return;
+        args.kept_q(slot, head, d) = first[i];
+        args.kept_q(slot, head, half + d) = second[i];
+      });
+      continue;
+    }
+    T* const to = (is_value ? layer.values : layer.keys) + layer.offset(at.row, at.position, head);
+    const float inverse_scale = 1.0f / (is_value ? layer.value_scale(head) : layer.key_scale(head));
+    each(begin, [&](std::int32_t d, int i) {
+      to[d] = stored<T>(first[i], inverse_scale);
+      to[half + d] = stored<T>(second[i], inverse_scale);
+    });
   }
 }
 
@@ -195,11 +230,12 @@ struct kv_cache_impl<cuda> {
   template <storage T>
   static void write_rotated(context<cuda>& ctx, const kv_view<T, cuda>& layer, const pass_layout<cuda>& layout,
                             view<float, 3, cuda> q, view<const float, 3, cuda> k, view<const float, 3, cuda> v,
-                            const rotary_view<cuda>& rotary) {
+                            const rotary_view<cuda>& rotary, view<float, 3, cuda> kept_q) {
     if (q.extent(0) == 0) return;
     const std::ptrdiff_t heads = q.extent(1) + 2 * layer.kv_heads;
-    const dim3 grid(static_cast<unsigned>(q.extent(0)), static_cast<unsigned>((heads - 1) / (kv_threads / 32) + 1));
-    launch(ctx, kv_write_rotated_kernel<T>, grid, kv_write_rotated<T>{layer, layout, q, k, v, rotary}, true);
+    const dim3 grid(static_cast<unsigned>(q.extent(0)), blocks_of(heads, kv_rotate_threads / 32));
+    start_kernel_early(ctx, kv_write_rotated_kernel<T>, grid, kv_rotate_threads,
+                       kv_write_rotated<T>{layer, layout, q, k, v, rotary, kept_q}, "kv_cache");
   }
 
   static void publish(context<cuda>& ctx, const std::int32_t* entries, std::ptrdiff_t count, std::int32_t* table) {
@@ -208,7 +244,7 @@ struct kv_cache_impl<cuda> {
       part.to = table + done;
       part.count = static_cast<std::int32_t>((std::min)(count - done, table_entries::capacity));
       std::copy_n(entries + done, part.count, part.entry);
-      launch(ctx, kv_publish_kernel, dim3(1), part);
+      start_kernel(ctx, kv_publish_kernel, dim3(1), kv_threads, part, "kv_cache");
     }
   }
 
@@ -234,37 +270,22 @@ struct kv_cache_impl<cuda> {
         }
         const dim3 grid(static_cast<unsigned>(here), 2);
         if (first_layer.head_dim * sizeof(T) % sizeof(uint4) == 0) {
-          launch(ctx, kv_compact_kernel<uint4, T>, grid, part);
+          start_kernel(ctx, kv_compact_kernel<uint4, T>, grid, kv_threads, part, "kv_cache");
         } else {
-          launch(ctx, kv_compact_kernel<T, T>, grid, part);
+          start_kernel(ctx, kv_compact_kernel<T, T>, grid, kv_threads, part, "kv_cache");
         }
       }
     }
   }
 
  private:
-  /// \param waits the kernel's CTAs may be placed while the one before it still runs: each waits for it
-  template <class Arguments>
-  static void launch(context<cuda>& ctx, void (*kernel)(Arguments), dim3 grid, const Arguments& arguments,
-                     bool waits = false) {
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = dim3(kv_threads);
-    config.stream = ctx.stream();
-    cudaLaunchAttribute early{};
-    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    early.val.programmaticStreamSerializationAllowed = 1;
-    config.attrs = &early;
-    config.numAttrs = waits && ctx.code_major() >= 9 ? 1 : 0;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, arguments), "kv_cache");
-  }
-
   template <storage T>
   static void start(context<cuda>& ctx, kv_write<T> args) {
     const std::ptrdiff_t items = args.k.extent(0) * args.layer.kv_heads;
     if (items == 0) return;
     args.wide = fours(args.k) && fours(args.v);
-    launch(ctx, kv_write_kernel<T>, dim3(static_cast<unsigned>((items - 1) / (kv_threads / 32) + 1), 2), args, true);
+    start_kernel_early(ctx, kv_write_kernel<T>, dim3(blocks_of(items, kv_threads / 32), 2), kv_threads, args,
+                       "kv_cache");
   }
 
   /// Whether every row can be read four floats at a time. (The cache's own rows then can be written so.)

@@ -157,6 +157,13 @@ __device__ __forceinline__ void store_for_soon(float* to, float x) {
   asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" ::"l"(to), "f"(x), "l"(policy) : "memory");
 }
 
+/// What memory holds at this moment, whatever a kernel that still runs makes of it.
+__device__ __forceinline__ std::int32_t read_now(const std::int32_t* from) {
+  std::int32_t x;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+  return x;
+}
+
 /// Lets a dependent kernel's launch begin (Hopper); its wait() still waits for this whole grid.
 __device__ __forceinline__ void launch_dependents() {
 #if __CUDA_ARCH__ >= 900
