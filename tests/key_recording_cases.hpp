@@ -41,8 +41,8 @@ struct shape {
 template <specattn::storage T>
 struct problem {
   shape of;
-  std::vector<T> keys;  // [layers, cache rows, pages, kv_heads, page, head_dim]
-  std::vector<float> q, lse;
+  std::vector<T> keys;                // [layers, cache rows, pages, kv_heads, page, head_dim]
+  std::vector<float> q, lse, scales;  // scales: [layers, kv_heads] of keys, where storage has them
   std::vector<std::int32_t> table, cache_rows, slot_of;
   std::int32_t pages, page;
   std::ptrdiff_t layer_stride;
@@ -58,6 +58,8 @@ struct problem {
     layer_stride = std::ptrdiff_t{n} * pages * page * s.kv_heads * s.head_dim;
     keys.resize(static_cast<std::size_t>(s.layers * layer_stride + s.shift));
     for (T& x : keys) x = specattn::from_float<T>(normal(random));
+    for (std::int32_t i = 0; i < s.layers * s.kv_heads; ++i)
+      scales.push_back(specattn::scaled_storage<T> ? 0.5f + 0.25f * static_cast<float>(i % 5) : 1.0f);
     for (std::int32_t i = 0; i < s.steps * n; ++i) slot_of.push_back((i % n + i / n) % s.slots());
     q.resize(static_cast<std::size_t>(s.steps * s.layers * s.slots() * s.heads() * s.head_dim));
     for (float& x : q) x = 1.5f * normal(random);
@@ -86,6 +88,7 @@ struct problem {
     for (std::int32_t d = 0; d < of.head_dim; ++d)
       sum += double{q[row * static_cast<std::size_t>(of.head_dim) + static_cast<std::size_t>(d)]} *
              double{specattn::to_float(keys[static_cast<std::size_t>(at + d)])};
+    sum *= double{scales[static_cast<std::size_t>(layer * of.kv_heads + head / of.group)]};
     return sum * (of.scale != 0.0f ? double{of.scale} : 1.0 / std::sqrt(double{static_cast<double>(of.head_dim)}));
   }
   /// Of the prefix and as much again: rows have a mass of one half.
@@ -128,6 +131,8 @@ answer run(Fixture& fixture, const problem<T>& p) {
   args.kv.kv_heads = s.kv_heads;
   args.kv.head_dim = s.head_dim;
   args.layer_stride = p.layer_stride;
+  const auto scales = fixture.upload(p.scales);
+  if constexpr (specattn::scaled_storage<T>) args.key_scales = scales.shaped({s.layers, s.kv_heads});
   args.kv_lens = lens.shaped({n});
   args.cache_rows = cache_rows.shaped({n});
   args.scale = s.scale;
