@@ -34,7 +34,7 @@ __device__ __noinline__ void sweep_group(const select_launch<T>& launch, select_
 }
 
 /// Lone rows and unions in shared memory; what those leave, and all else, is swept in memory.
-template <storage T>
+template <storage T, bool United>
 __global__ void __launch_bounds__(select_threads, 3)
     select_rows_kernel(const __grid_constant__ select_launch<T> launch) {
   __shared__ select_row_memory memory;
@@ -42,7 +42,8 @@ __global__ void __launch_bounds__(select_threads, 3)
   auto* swept = reinterpret_cast<select_team_memory*>(member_memory);
   select_team team(*swept);
   const std::ptrdiff_t group = blockIdx.x >> team.log_size();
-  if (select_row<T>(launch, team, group, memory, reinterpret_cast<std::uint32_t*>(member_memory)).run(group)) return;
+  auto* keys = reinterpret_cast<std::uint32_t*>(settled(member_memory));
+  if (select_row<T, United>(launch, team, group, settled(&memory), keys).run(group)) return;
   __syncthreads();
   select_team rest = team;  // a copy, so that the team itself stays in registers
   sweep_group(launch, rest, swept, group);
@@ -81,7 +82,8 @@ struct select_impl<cuda> {
     const bool combined = rows > 1 && (rule.rows != combine::unite || cap_may_bite || !out.mass.empty());
     if (!combined && is_resident(ctx, kv_len, rule)) {
       const int cluster = cluster_for(ctx, groups, kv_len);
-      return start(ctx, select_rows_kernel<T>, groups, cluster, shared_bytes(member_share(kv_len, cluster)), launch);
+      return start(ctx, rows > 1 ? select_rows_kernel<T, true> : select_rows_kernel<T, false>, groups, cluster,
+                   shared_bytes(member_share(kv_len, cluster)), launch);
     }
     launch.group_bytes = select_scratch_view{}.lay_out(nullptr, kv_len, combined, rule.page_size > 1);
     launch.workspace = ctx.workspace(static_cast<std::size_t>(groups) * launch.group_bytes, "select");

@@ -46,12 +46,14 @@ struct select_scratch_view {
   }
 };
 
-/// Items of one member of a cluster: whole words.
+/// Items of one member of a cluster, which are a power of two: whole words.
 SPECATTN_HD inline std::int32_t member_share(std::int64_t items, int members) {
-  const std::int64_t words = (items + 31) / 32;
-  std::int64_t share = words;
-  for (int part = 1; part < members; part *= 2) share = (share + 1) / 2;  // members is a power of two
-  return static_cast<std::int32_t>(share * 32);
+  const auto words = static_cast<std::int32_t>((items + 31) / 32);
+  return (words + members - 1) / members * 32;
+}
+__device__ inline std::int32_t member_share(std::int32_t items, const select_team& team) {
+  const auto words = static_cast<std::uint32_t>(items + 31) / 32;
+  return static_cast<std::int32_t>((words + static_cast<unsigned>(team.size()) - 1) >> team.log_size()) * 32;
 }
 
 /// The lowest `count` bits; none below 0, all from 32 on.
@@ -85,11 +87,10 @@ struct group_part {
     const std::int64_t room = rule.output == emit::pages ? capacity : item_limit(capacity, length, page_size);
     if (room < limit) limit = static_cast<std::int32_t>(room);
     forced = forced_by(rule.sinks, rule.recent, length, page_size);
-    const std::int64_t share = member_share(items, team.size());
-    const std::int64_t first = share * team.rank();
-    range.first = static_cast<std::int32_t>(first < items ? first : items);
-    const std::int64_t last = first + share;
-    range.last = static_cast<std::int32_t>(last < items ? last : items);
+    const std::int32_t share = member_share(items, team);
+    const std::int32_t first = share * team.rank();  // below 2^22 and some words
+    range.first = first < items ? first : items;
+    range.last = first + share < items ? first + share : items;
     range.words = (range.last - range.first + 31) / 32;
   }
 

@@ -1,8 +1,9 @@
 // Rows in the shared memory of a cluster, one after the other, chosen from by a sample.
 //
-// While the row is read, every eighth weight is counted, which tells a narrow range of keys that should hold the
-// threshold. One sweep then sums the row's mass and the mass above the range exactly and finds the keys inside it, a few
-// in a hundred; the threshold is one of those. Three or four cluster barriers a row.
+// Once a row is read, one in eight of its weights or more are counted, which tells a narrow range of keys that should
+// hold the threshold. One sweep then sums the row's mass and the mass above the range exactly and finds the keys inside
+// it, a few in a hundred; the threshold is one of those. Four or five cluster barriers a row. What is not done for every
+// key is left to one warp wherever it can be: a thousand instructions of all threads cost as much as the sweep.
 // A range that misses is noticed, since the masses are exact, and widened once. A cap is a threshold by count; the sample
 // tells which of the two is the higher. Groups with a row that still misses, or that is not plain (invalid weights,
 // subnormals), are left to select_group.
@@ -19,18 +20,19 @@
 
 namespace specattn::inline v0_1::detail {
 
-template <storage T>
+/// `United`: of several rows. A lone one needs no loop, whose invariants would fill the registers.
+template <storage T, bool United>
 class select_row : group_part {
  public:
   /// `keys` holds the CTA's share of the row, and later its list.
   __device__ __forceinline__ select_row(const select_launch<T>& launch, select_team& team, std::ptrdiff_t group,
-                                        select_row_memory& memory, std::uint32_t* keys)
+                                        select_row_memory* memory, std::uint32_t* keys)
       : group_part(launch, team, group, 1),
         launch_(launch),
         team_(team),
         memory_(memory),
         keys_(keys),
-        each_words_((member_share(items, team.size()) / 32 + select_threads - 1) / select_threads) {}
+        each_words_(member_share(items, team) > 32 * select_threads ? 2 : 1) {}
 
   /// Returns false, in all CTAs of the cluster, where it has not made the list. Several rows are united.
   /// \pre with several rows no cap can bite, and no mass is asked for
@@ -38,15 +40,18 @@ class select_row : group_part {
     if (asked_by(top_p) == asked::forced_only) return false;
     const auto& weights = launch_.from.weights;
     const T* row = weights.data() + group * weights.stride(0);
-    const std::ptrdiff_t rows = weights.extent(1);
+    if constexpr (!United) {
+      if (!choose(row, weights.stride(2))) return false;
+      return emit_list(group, kept_, start_, count_);
+    }
     std::uint64_t united = 0;
 #pragma unroll 1
-    for (std::ptrdiff_t i = 0; i < rows; ++i, row += weights.stride(1)) {
+    for (std::ptrdiff_t i = 0; i < weights.extent(1); ++i, row += weights.stride(1)) {
       if (i > 0) __syncthreads();  // all have read what they keep of the last row
       if (!choose(row, weights.stride(2))) return false;
       united |= kept_;
     }
-    if (rows > 1) place_union(united);
+    place_union(united);
     return emit_list(group, united, start_, count_);
   }
 
@@ -55,11 +60,10 @@ class select_row : group_part {
   /// select_group has to.
   __device__ __forceinline__ bool choose(const T* row, std::ptrdiff_t stride) {
     const bool everything = asked_by(top_p) == asked::everything;
-    memory_.clear(team_.thread());
-    __syncthreads();
-    key_facts facts = read_row(row + range.first * stride, stride, range, each_words_, keys_, memory_.sample);
+    memory_->clear(team_.thread());
+    key_facts facts = read_row(row + range.first * stride, stride, range, each_words_, keys_);
     team_.meet();
-    facts = exchange_facts(team_, memory_, turn_, facts);
+    facts = exchange_facts(team_, *memory_, turn_, facts);
     turn_ ^= 1;  // peers may be a row ahead
     if (facts.max_key > largest_finite_bits || needs_lift(facts.max_key) || !(facts.sum <= 3e38f)) return false;
     const std::int32_t forced_count = forced.head + (items - forced.tail);
@@ -71,59 +75,83 @@ class select_row : group_part {
       return true;
     }
     mass_ = row_mass{mass_scale(facts.max_key)};
-    take_out_forced();
-    select_row_sample sample(team_, memory_, items, facts.max_key);
-    const float tails[2] = {(1.0f - top_p) * facts.sum, static_cast<float>(items - limit)};
-#pragma unroll 1
-    for (int i = everything ? 1 : 0; i <= (items > limit ? 1 : 0); ++i)
-      sample.guess(i == 0 ? chosen_by::mass : chosen_by::count, tails[i], static_cast<float>(forced_count),
-                   facts.max_key);
-    return search(everything, facts.max_key);
+    const auto edges = sample_edges::of(facts, static_cast<float>(items), 1.0f - top_p, items > limit);
+    guess_ranges(facts, edges, everything);
+    return search(everything, facts.max_key, edges);
+  }
+
+  /// Leaves in memory where the sample takes the thresholds to be.
+  __device__ __forceinline__ void guess_ranges(key_facts facts, sample_edges edges, bool everything) {
+    const std::int32_t share = member_share(items, team_);
+    const int log_rate = 32 - __clz((share - 1) >> 11);  // 2048 of the CTA, or all
+    count_sample(edges, range, forced, log_rate, each_words_, keys_, memory_->sample);
+    team_.sync_own();
+    if (team_.size() > 1) {
+      std::uint32_t count = 0;
+      team_.each_peer([&](int peer) { count += team_.at_peer(memory_->sample, peer)[team_.thread()]; });
+      memory_->all_sampled[team_.thread()] = count;
+      __syncthreads();
+    }
+    if (team_.warp() == 0) {
+      select_row_sample sample(team_.size() > 1 ? memory_->all_sampled : memory_->sample, edges, log_rate);
+      const auto all = static_cast<float>(items);
+      key_range by_mass{0, 0}, by_count{0, 0};
+      if (!everything) by_mass = sample.guess(chosen_by::mass, (1.0f - top_p) * facts.sum, all, facts.max_key);
+      if (items > limit)
+        by_count = sample.guess(chosen_by::count, static_cast<float>(items - limit), all, facts.max_key);
+      if (team_.lane() == 0) {
+        memory_->guess[0] = by_mass;
+        memory_->guess[1] = by_count;
+      }
+    }
+    __syncthreads();
   }
 
   /// Looks for the threshold of the mass or of the cap, whichever should be the higher, and then for the other where it
   /// is not; where a guess misses, in a wider range.
-  __device__ __forceinline__ bool search(bool everything, std::uint32_t max_key) {
+  __device__ __forceinline__ bool search(bool everything, std::uint32_t max_key, sample_edges edges) {
     chosen_by by = chosen_by::mass;
-    key_range guess = everything ? key_range{0, 0} : select_row_sample::guessed(memory_, by);
+    key_range guess = memory_->guess[0];
     if (items > limit) {
-      const key_range other = select_row_sample::guessed(memory_, chosen_by::count);
+      const key_range other = memory_->guess[1];
       if (everything || other.low > guess.low) {
         by = chosen_by::count;
         guess = other;
       }
     }
-    select_row_threshold threshold(team_, memory_, mass_, max_key);
     bool wider = false;
 #pragma unroll 1
     for (;;) {
+      memory_ = settled(memory_);
+      keys_ = settled(keys_);
       kept_ = forced_words();
-      const std::uint64_t inside = sweep(guess, by, max_key);
+      select_row_threshold threshold(team_, memory_, mass_, max_key, by);
+      const std::uint64_t inside = sweep(guess, threshold.bins_of(guess));
       const auto for_each = [&](auto visit) { each_doubt(inside, visit); };
-      if (threshold.find(guess, by, top_p, limit, for_each)) {
+      if (threshold.find(guess, top_p, limit, for_each, [&] { store_kept(); })) {
         if (resolve(inside, by, everything)) return true;
         by = by == chosen_by::mass ? chosen_by::count : chosen_by::mass;
-        guess = select_row_sample::guessed(memory_, by);
+        guess = memory_->guess[by == chosen_by::mass ? 0 : 1];
         wider = false;
       } else {
         if (wider) return false;
-        guess = select_row_sample::whole_bins(guess, max_key);
+        guess = select_row_sample::whole_bins(guess, edges, max_key);
         wider = true;
       }
-      team_.sync();  // peers have read what this CTA told
-      memory_.clear_search(team_.thread());
+      team_.sync_own();  // peers have read what this CTA told
+      memory_->clear_search(team_.thread());
       __syncthreads();
     }
   }
 
   /// Adds to the kept what the threshold keeps of the keys in doubt. False if the other threshold is the higher.
   __device__ __forceinline__ bool resolve(std::uint64_t inside, chosen_by by, bool everything) {
-    const row_verdict verdict = memory_.verdict;
+    const row_verdict verdict = memory_->verdict;
     if (verdict.total > limit) return false;
     start_ = verdict.start;
     count_ = verdict.total;
     std::uint64_t mine = 0;
-    if (verdict.ties == row_verdict::all_ties && memory_.doubtful_count <= doubt_room) {
+    if (verdict.ties == row_verdict::all_ties && memory_->doubtful_count <= doubt_room) {
       mine = keep_listed(verdict.key);
     } else {
       const std::uint64_t sure = kept_;
@@ -144,7 +172,7 @@ class select_row : group_part {
       return true;
     }
     const member_masses sums = sum_masses(mine);
-    if (team_.thread() == 0) memory_.chosen_mass = sums.kept;
+    if (team_.thread() == 0) memory_->chosen_mass = sums.kept;
     if (!everything && sums.kept >= target_mass(top_p, sums.all)) return false;
     status |= selection_capped;
     return true;
@@ -153,7 +181,7 @@ class select_row : group_part {
   /// visit(key) for the CTA's keys in doubt, `inside` of them this thread's; some thread visits each.
   template <class Visit>
   __device__ __forceinline__ void each_doubt(std::uint64_t inside, Visit visit) const {
-    const std::uint32_t count = memory_.doubtful_count;
+    const std::uint32_t count = memory_->doubtful_count;
     if (count > doubt_room) {
 #pragma unroll 1
       for (std::uint64_t left = inside; left != 0; left &= left - 1) visit(key_at(left));
@@ -161,7 +189,7 @@ class select_row : group_part {
     }
 #pragma unroll 1
     for (std::uint32_t i = static_cast<std::uint32_t>(team_.thread()); i < count; i += select_threads)
-      visit(keys_[place(memory_.doubtful[i])]);
+      visit(keys_[place(memory_->doubtful[i])]);
   }
 
   /// Lists the CTA's keys in doubt, which lie unevenly with its threads.
@@ -169,30 +197,32 @@ class select_row : group_part {
     const std::int32_t mine = __popcll(static_cast<long long>(inside));
     const std::int32_t end = warp_prefix(mine);
     std::uint32_t at = 0;
-    if (team_.lane() == 31 && end > 0) at = atomicAdd(&memory_.doubtful_count, static_cast<std::uint32_t>(end));
+    if (team_.lane() == 31 && end > 0) at = atomicAdd(&memory_->doubtful_count, static_cast<std::uint32_t>(end));
     at = __shfl_sync(~0u, at, 31) + static_cast<std::uint32_t>(end - mine);
     const auto list = [&](std::uint32_t bits, std::int32_t before) {
 #pragma unroll 1
       for (; bits != 0 && at < doubt_room; bits &= bits - 1, ++at)
-        memory_.doubtful[at] = static_cast<std::uint16_t>(before + __ffs(static_cast<int>(bits)));
+        memory_->doubtful[at] = static_cast<std::uint16_t>(before + __ffs(static_cast<int>(bits)));
     };
     list(static_cast<std::uint32_t>(inside), first_word() * 32 - 1);
     list(static_cast<std::uint32_t>(inside >> 32), first_word() * 32 + 31);
     __syncthreads();
   }
 
+  /// Stores what the thread keeps without doubt, for keep_listed().
+  __device__ __forceinline__ void store_kept() {
+    memory_->words[first_word()] = static_cast<std::uint32_t>(kept_);
+    if (each_words_ > 1) memory_->words[first_word() + 1] = static_cast<std::uint32_t>(kept_ >> 32);
+  }
+
   /// Keeps the listed keys from `least` on; returns the mass of those this thread has met.
   __device__ __forceinline__ std::uint64_t keep_listed(std::uint32_t least) {
-    std::uint32_t* words = memory_.sample;  // peers have read it
-    static_assert(sample_bins == 2 * select_threads);
-    words[first_word()] = static_cast<std::uint32_t>(kept_);
-    if (each_words_ > 1) words[first_word() + 1] = static_cast<std::uint32_t>(kept_ >> 32);
-    __syncthreads();
+    std::uint32_t* words = memory_->words;
     std::uint64_t mass = 0;
 #pragma unroll 1
-    for (std::uint32_t i = static_cast<std::uint32_t>(team_.thread()); i < memory_.doubtful_count;
+    for (std::uint32_t i = static_cast<std::uint32_t>(team_.thread()); i < memory_->doubtful_count;
          i += select_threads) {
-      const std::uint32_t position = memory_.doubtful[i];
+      const std::uint32_t position = memory_->doubtful[i];
       const std::uint32_t key = keys_[place(static_cast<std::int32_t>(position))];
       if (key < least) continue;
       atomicOr(&words[position / 32], 1u << (position % 32));
@@ -207,32 +237,36 @@ class select_row : group_part {
   /// The masses of the row, and of what is kept where this thread keeps `mine` of the keys in doubt.
   __device__ __forceinline__ member_masses sum_masses(std::uint64_t mine) {
     mine = team_.warp_sum(mine);
-    if (team_.lane() == 0) memory_.warp_masses[team_.warp()].kept = mine;
+    if (team_.lane() == 0) memory_->warp_masses[team_.warp()].kept = mine;
     __syncthreads();
-    if (team_.thread() < team_.size()) {
-      std::uint64_t block = 0;
+    if (team_.thread() == 0) {
+      memory_->doubt_mass = 0;
 #pragma unroll
-      for (int warp = 0; warp < select_warps; ++warp) block += memory_.warp_masses[warp].kept;
-      team_.at_peer(memory_.doubt_masses, team_.thread())[team_.rank()] = block;
+      for (int warp = 0; warp < select_warps; ++warp) memory_->doubt_mass += memory_->warp_masses[warp].kept;
     }
-    team_.sync();
+    team_.sync_own();
     member_masses sums{0, 0};
 #pragma unroll 1
     for (int peer = 0; peer < team_.size(); ++peer) {
-      sums.all += memory_.masses[peer].all;
-      sums.kept += memory_.masses[peer].kept + memory_.doubt_masses[peer];
+      const member_masses theirs = *team_.at_peer(&memory_->masses, peer);
+      sums.all += theirs.all;
+      sums.kept += theirs.kept + *team_.at_peer(&memory_->doubt_mass, peer);
     }
     return sums;
   }
 
   /// Finds the CTA's place in a list of what its threads have united.
   __device__ __forceinline__ void place_union(std::uint64_t united) {
-    team_.sync();  // peers have read what the last row told
-    tell_masses({0, 0}, __reduce_add_sync(~0u, static_cast<std::uint32_t>(__popcll(static_cast<long long>(united)))));
+    team_.sync_own();  // peers have read what the last row told
+    const std::uint32_t kept =
+        __reduce_add_sync(~0u, static_cast<std::uint32_t>(__popcll(static_cast<long long>(united))));
+    if (team_.lane() == 0) memory_->warp_kept[team_.warp()] = kept;
+    __syncthreads();
+    tell_masses();
     start_ = count_ = 0;
 #pragma unroll 1
     for (int peer = 0; peer < team_.size(); ++peer) {
-      const auto theirs = static_cast<std::int32_t>(memory_.kept[peer]);
+      const auto theirs = static_cast<std::int32_t>(*team_.at_peer(&memory_->kept, peer));
       start_ += peer < team_.rank() ? theirs : 0;
       count_ += theirs;
     }
@@ -244,41 +278,45 @@ class select_row : group_part {
     return keys_[place(first_word() * 32 + __ffsll(static_cast<long long>(bit)) - 1)];
   }
 
-  /// The thread's words, of bits: the forced positions, and all.
+  /// The thread's words, of bits: the forced positions, and all. Few threads have any that are not plain.
   __device__ std::uint64_t forced_words() const {
+    const std::int32_t first = range.first + first_word() * 32;
+    if (first >= forced.head && first + each_words_ * 32 <= forced.tail) return 0;
     std::uint64_t words = forced_bits(first_word());
     if (each_words_ > 1) words |= std::uint64_t{forced_bits(first_word() + 1)} << 32;
     return words;
   }
   __device__ std::uint64_t whole_words() const {
     const std::int32_t left = range.last - range.first - first_word() * 32;
+    if (left >= 64) return each_words_ > 1 ? ~std::uint64_t{0} : 0xffffffffu;
     std::uint64_t words = bits_below(left);
     if (each_words_ > 1) words |= std::uint64_t{bits_below(left - 32)} << 32;
     return words;
   }
 
-  /// Takes the forced keys out of the row.
-  __device__ __forceinline__ void take_out_forced() {
-    forced_mass_ = 0;
-    take_out(range.first, forced.head < range.last ? forced.head : range.last);
-    take_out(forced.tail > range.first ? forced.tail : range.first, range.last);
-  }
-  __device__ __forceinline__ void take_out(std::int32_t first, std::int32_t last) {
+  /// Of this thread's share of the forced keys, the mass of those that do not lie above the range.
+  __device__ __forceinline__ std::uint64_t forced_mass(std::uint32_t high) const {
+    std::uint64_t mass = 0;
+    const auto add = [&](std::int32_t first, std::int32_t last) {
 #pragma unroll 1
-    for (std::int32_t item = first + team_.thread(); item < last; item += select_threads) {
-      std::uint32_t& key = keys_[place(item - range.first)];
-      forced_mass_ += mass_(key);
-      key = 0;
-    }
+      for (std::int32_t item = first + team_.thread(); item < last; item += select_threads) {
+        const std::uint32_t key = keys_[place(item - range.first)];
+        if (key < high) mass += mass_(key);
+      }
+    };
+    add(range.first, forced.head < range.last ? forced.head : range.last);
+    add(forced.tail > range.first ? forced.tail : range.first, range.last);
+    return mass;
   }
 
   /// Splits a word of keys by the range, and adds their masses: all, and those above.
   __device__ __forceinline__ void split_word(std::int32_t word, key_range guess, split_masses& all,
                                              split_masses& above, std::uint32_t& heavy, std::uint32_t& inside) const {
     std::uint32_t not_below = 0;
+    const std::int32_t first = place(word * 32);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const uint4 four = reinterpret_cast<const uint4*>(keys_)[place(word * 32 + i * 4) / 4];
+      const uint4 four = *reinterpret_cast<const uint4*>(keys_ + (first ^ (i * 4)));
       const std::uint32_t key[4] = {four.x, four.y, four.z, four.w};
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -292,7 +330,7 @@ class select_row : group_part {
   }
 
   /// Adds the keys above the range to the kept and returns those inside it, counted; tells every CTA this one's masses.
-  __device__ __forceinline__ std::uint64_t sweep(key_range guess, chosen_by by, std::uint32_t max_key) {
+  __device__ __forceinline__ std::uint64_t sweep(key_range guess, const doubt_bins& bins) {
     split_masses all, above;
     std::uint64_t inside = 0;
     std::uint64_t heavy = 0;
@@ -306,40 +344,42 @@ class select_row : group_part {
       heavy |= std::uint64_t{heavy_bits} << (word * 32);
       inside |= std::uint64_t{inside_bits} << (word * 32);
     }
-    const std::uint64_t forced_mass = team_.warp_sum(forced_mass_);
+    const std::uint64_t forced_too = team_.warp_sum(forced_mass(guess.high));
     inside &= whole_words() & ~kept_;  // by count a key of 0 is a key
     kept_ |= heavy;
-    const member_masses mine{forced_mass + all.of_warp(words * 32),
-                             forced_mass + above.of_warp(__popcll(static_cast<long long>(heavy)))};
-    const auto bins = doubt_bins::of(guess, mass_, max_key, by);
-    doubt_bins::adder counted{bins, memory_.counts[0]};
+    const member_masses mine{all.of_warp(words * 32),
+                             forced_too + above.of_warp(__popcll(static_cast<long long>(heavy)))};
+    const std::uint32_t kept = __reduce_add_sync(~0u, static_cast<std::uint32_t>(__popcll(static_cast<long long>(kept_))));
+    if (team_.lane() == 0) {
+      memory_->warp_masses[team_.warp()] = mine;
+      memory_->warp_kept[team_.warp()] = kept;
+    }
     list_doubts(inside);
+    doubt_bins::adder counted{bins, memory_->counts};
     each_doubt(inside, [&](std::uint32_t key) { counted.add(key); });
     counted.flush();
-    tell_masses(mine, __reduce_add_sync(~0u, static_cast<std::uint32_t>(__popcll(static_cast<long long>(kept_)))));
+    tell_masses();
     return inside;
   }
 
-  /// Tells every CTA the masses of this one and how many positions it keeps for sure, of which these are a warp's.
-  __device__ __forceinline__ void tell_masses(member_masses mine, std::uint32_t kept) {
-    if (team_.lane() == 0) {
-      memory_.warp_masses[team_.warp()] = mine;
-      memory_.warp_kept[team_.warp()] = kept;
-    }
-    __syncthreads();
-    if (team_.thread() < team_.size()) {
-      member_masses block{0, 0};
-      std::uint32_t block_kept = 0;
+  /// Tells every CTA the masses of this one and how many positions it keeps for sure, which its warps have left.
+  __device__ __forceinline__ void tell_masses() {
+    if (team_.warp() == 0) {
+      const int from = team_.lane() % select_warps;
+      member_masses block = memory_->warp_masses[from];
+      std::uint32_t kept = memory_->warp_kept[from];
 #pragma unroll
-      for (int warp = 0; warp < select_warps; ++warp) {
-        block.all += memory_.warp_masses[warp].all;
-        block.kept += memory_.warp_masses[warp].kept;
-        block_kept += memory_.warp_kept[warp];
+      for (int distance = 1; distance < select_warps; distance *= 2) {
+        block.all += __shfl_xor_sync(~0u, block.all, distance);
+        block.kept += __shfl_xor_sync(~0u, block.kept, distance);
+        kept += __shfl_xor_sync(~0u, kept, distance);
       }
-      team_.at_peer(memory_.masses, team_.thread())[team_.rank()] = block;
-      team_.at_peer(memory_.kept, team_.thread())[team_.rank()] = block_kept;
+      if (team_.lane() == 0) {
+        memory_->masses = block;
+        memory_->kept = kept;
+      }
     }
-    team_.sync();
+    team_.sync_own();
   }
 
   /// Of the row's keys on the threshold this CTA keeps the first `ties`.
@@ -348,9 +388,8 @@ class select_row : group_part {
       kept_ |= equal;
       return;
     }
-    std::int32_t before;
-    select_count_scan(memory_.count_scan).ExclusiveSum(__popcll(static_cast<long long>(equal)), before);
-    __syncthreads();
+    std::int32_t all;
+    std::int32_t before = block_prefix(__popcll(static_cast<long long>(equal)), memory_->warp_counts[0], all);
 #pragma unroll 1
     for (; before < ties && equal != 0; ++before, equal &= equal - 1) kept_ |= equal & (0 - equal);
   }
@@ -358,13 +397,15 @@ class select_row : group_part {
   /// Writes the CTA's part of the list; the first CTA writes what belongs to the whole.
   __device__ __forceinline__ bool emit_list(std::ptrdiff_t group, std::uint64_t kept, std::int32_t start,
                                             std::int32_t total) {
-    std::int32_t at, count;
-    select_count_scan(memory_.count_scan).ExclusiveSum(__popcll(static_cast<long long>(kept)), at, count);
+    team_.part();
+    std::int32_t count;
+    const std::int32_t at = block_prefix(__popcll(static_cast<long long>(kept)), memory_->warp_counts[1], count);
     const auto& positions = launch_.out.positions;
     std::int32_t* to = positions.data() + group * positions.stride(0) + start * positions.stride(1);
     const item_range whole = count == range.last - range.first ? range : item_range{};
     write_list(kept, range.first + first_word() * 32, at, count, whole, keys_, to, positions.stride(1));
     if (team_.rank() == 0) report(group, total);
+    team_.await_peers();
     return true;
   }
 
@@ -375,17 +416,16 @@ class select_row : group_part {
     out.counts[group] = count;
     if (!out.status.empty()) out.status[group] = status;
     if (out.mass.empty()) return;
-    out.mass[group] = count == items ? 1.0f : mass_share(memory_.chosen_mass, memory_.total_mass);
+    out.mass[group] = count == items ? 1.0f : mass_share(memory_->chosen_mass, memory_->total_mass);
   }
 
   const select_launch<T>& launch_;
   select_team& team_;
-  select_row_memory& memory_;
+  select_row_memory* memory_;
   std::uint32_t* keys_;
   int each_words_;  // of a thread: 1 or 2
   int turn_ = 0;
   row_mass mass_{};
-  std::uint64_t forced_mass_ = 0;  // of the forced keys this thread took out
   std::uint64_t kept_ = 0;         // of the thread's words, and
   std::int32_t start_ = 0;         // where the CTA's part of the list starts, and
   std::int32_t count_ = 0;         // the whole list's length: of the last row

@@ -5,110 +5,139 @@
 #include <cstdint>
 
 #include "../select_math.hpp"
-#include "select_row_threshold.cuh"
+#include "select_row_memory.cuh"
+#include "select_row_read.cuh"
 #include "select_team.cuh"
 
 namespace specattn::inline v0_1::detail {
 
-/// The cluster's sample, two bins a thread. The same in every CTA, to the bit.
+/// The sample's bins, the lightest first: one for all lighter weights, then ranges of 2^shift keys from `low` on. Weights
+/// below (1 - p) of the mean cannot hold the mass that is left out, so three octaves below that are enough, whatever the
+/// row; a threshold by count may lie anywhere.
+struct sample_edges {
+  std::uint32_t low;
+  int shift;
+
+  __device__ static sample_edges of(key_facts facts, float items, float left_out, bool counts) {
+    const float mean = __fdividef(facts.sum, items);
+    const float least = counts ? mean * 0x1p-24f : mean * left_out * 0.125f;
+    std::uint32_t low = __float_as_uint(least);
+    if (!(least > 0.0f) || low > facts.max_key) low = 0;
+    return {low, 32 - __clz(static_cast<int>((facts.max_key - low) / (sample_bins - 1)))};
+  }
+  __device__ std::uint32_t bin_of(std::uint32_t key) const { return key < low ? 0 : 1 + ((key - low) >> shift); }
+  __device__ std::uint32_t low_of(std::uint32_t bin) const { return bin == 0 ? 0 : low + ((bin - 1) << shift); }
+};
+
+/// Counts the CTA's sample: one of every 2^log_rate positions that are not forced.
+__device__ __forceinline__ void count_sample(sample_edges edges, item_range range, forced_items forced, int log_rate,
+                                             int each_words, const std::uint32_t* keys, std::uint32_t* counts) {
+  constexpr int each = 8;
+  const int thread = select_team::thread();
+  // Not every n-th position, which lie in few of the banks.
+  const std::int32_t first = (thread << log_rate) + (thread / 4 & ((1 << log_rate) - 1));
+  const std::int32_t begin = forced.head > range.first ? forced.head : range.first;
+  const std::int32_t end = forced.tail < range.last ? forced.tail : range.last;
+  const std::int32_t free = end > begin ? end - begin : 0;
+  const auto from_begin = static_cast<std::uint32_t>(range.first + first - begin);
+  const auto step = static_cast<std::uint32_t>(select_threads) << log_rate;
+  const std::uint32_t* from = keys + place_of(first, each_words);
+  std::uint32_t bin[each];
+#pragma unroll
+  for (std::uint32_t i = 0; i < each; ++i) {
+    const bool counts_too = from_begin + i * step < static_cast<std::uint32_t>(free);
+    bin[i] = counts_too ? edges.bin_of(from[i * step]) : sample_bins;
+  }
+#pragma unroll
+  for (int i = 0; i < each; ++i) atomicAdd(&counts[bin[i]], 1u);
+}
+
+/// The cluster's sample, eight bins a lane; for one warp. The same in every CTA, to the bit.
 class select_row_sample {
  public:
-  /// Merges what the members have counted of `items` weights.
-  __device__ __forceinline__ select_row_sample(const select_team& team, select_row_memory& memory, std::int32_t items,
-                                               std::uint32_t max_key)
-      : memory_(memory),
-        items_(static_cast<float>(items)),
-        first_bin_(static_cast<int>(max_key >> sample_shift) + 1 - sample_bins + bins * select_team::thread()) {
-    team.each_peer([&](int peer) {
-      const std::uint32_t* theirs = team.at_peer(memory_.sample, peer);
+  __device__ __forceinline__ select_row_sample(const std::uint32_t* counts, sample_edges edges, int log_rate)
+      : edges_(edges), rate_(static_cast<float>(1 << log_rate)) {
 #pragma unroll
-      for (int i = 0; i < bins; ++i) counts_[i] += theirs[(first_bin_ + i) & (sample_bins - 1)];
-    });
-    const std::uint32_t sampled = __reduce_add_sync(~0u, counts_[0] + counts_[1]);
-    if (team.lane() == 0) atomicAdd(&memory_.sampled, sampled);
+    for (std::uint32_t i = 0; i < bins; ++i) counts_[i] = static_cast<float>(counts[first_bin() + i]);
   }
 
   /// Guesses the keys that should hold the threshold: where the mass of lighter ones (by count, their number) is `tail`,
-  /// to within three standard deviations. By count, up to `forced` of the sampled weights are not to be counted.
-  __device__ __forceinline__ void guess(chosen_by by, float tail, float forced, std::uint32_t max_key) {
+  /// to within three standard deviations; no wider than doubt_bins can hold.
+  __device__ __forceinline__ key_range guess(chosen_by by, float tail, float items, std::uint32_t max_key) {
     const bool counting = by == chosen_by::count;
-    float here[bins];
+    float sum = 0.0f;
 #pragma unroll
     for (std::uint32_t i = 0; i < bins; ++i) {
-      const float middle = __uint_as_float(edge(i) + (1u << (sample_shift - 1)));
-      here[i] = counts_[i] > 0 ? static_cast<float>(counts_[i]) * (counting ? 1.0f : middle) : 0.0f;
+      const std::uint32_t bin = first_bin() + i;
+      const float middle = __uint_as_float((edges_.low_of(bin) >> 1) + (edges_.low_of(bin + 1) >> 1));
+      sum += counts_[i] > 0.0f ? counts_[i] * rate_ * (counting ? 1.0f : middle) : 0.0f;
+      ends_[i] = sum;
     }
-    float below;
-    select_sample_scan(memory_.sample_scan).ExclusiveSum(here[0] + here[1], below);
-    const float rate = items_ / static_cast<float>(memory_.sampled);
-    key_range range{0, max_key + 1};
-    std::uint32_t middle = max_key;
-    below *= rate;
+    float end = sum;
 #pragma unroll
-    for (std::uint32_t i = 0; i < bins; ++i) {
-      here[i] *= rate;
-      const float each = counting ? 1.0f - tail / items_ : __uint_as_float(edge(i + 1));
-      const float margin = 3.0f * sqrtf(rate * each * tail);
-      const float most = tail + margin + (counting ? forced : 0.0f);
-      constexpr auto width = static_cast<float>(1u << sample_shift);
-      if (below + margin < tail) {
-        const float part = (tail - margin - below) / here[i];
-        range.low = edge(i) + (part < 1.0f ? static_cast<std::uint32_t>(part * width) : 1u << sample_shift);
-      }
-      if (below + here[i] > most) {
-        const float part = (most - below) / here[i];
-        const std::uint32_t end = edge(i) + (part > 0.0f ? static_cast<std::uint32_t>(part * width) + 1 : 0);
-        range.high = range.high < end ? range.high : end;
-      }
-      if (below + here[i] > tail && edge(i) < middle) middle = edge(i);
-      below += here[i];
+    for (int distance = 1; distance < 32; distance *= 2) {
+      const float other = __shfl_up_sync(~0u, end, distance);
+      if (select_team::lane() >= distance) end += other;
     }
-    range.low = __reduce_max_sync(~0u, range.low);
-    range.high = __reduce_min_sync(~0u, range.high);
-    middle = __reduce_min_sync(~0u, middle);
-    if (select_team::lane() == 0) {
-      atomicMax(&memory_.guess[index(by)].low, range.low);
-      atomicMin(&memory_.guess[index(by)].high, range.high);
-      atomicMin(&memory_.middle[index(by)], middle);
+    before_ = end - sum;
+    const std::uint32_t middle = key_at(tail);
+    const float each = counting ? 1.0f - tail / items : __uint_as_float(middle);
+    const float variance = (rate_ - 1.0f) * each * tail;
+    const float margin = (variance > 0.0f ? 3.0f * variance * rsqrtf(variance) : 0.0f) + tail * 0x1p-8f + (counting ? 1.0f : 0.0f);
+    key_range range{key_at(tail - margin), key_at(tail + margin)};
+    if (rate_ == 1.0f) {  // the bins are known, but not how keys lie in them
+      range = {edges_.low_of(edges_.bin_of(range.low)), edges_.low_of(edges_.bin_of(range.high) + 1)};
     }
-    __syncthreads();
-  }
-
-  /// What guess() found, no wider than doubt_bins can hold.
-  __device__ static key_range guessed(const select_row_memory& memory, chosen_by by) {
-    key_range range = memory.guess[index(by)];
-    const std::uint32_t middle = memory.middle[index(by)];
-    if (range.high - middle > reach) range.high = middle + reach;
-    if (range.low > range.high) range.low = range.high;  // nothing: a miss
-    if (range.width() > 2 * reach) range.low = range.high - 2 * reach;
+    ++range.high;
+    if (range.high > max_key + 1) range.high = max_key + 1;
+    if (range.high > middle + reach) range.high = middle + reach;
+    if (range.low + reach < middle) range.low = middle - reach;
     return range;
   }
 
-  /// For a second try: all of the sample's bins that a range touches. Keys that are tied leave gaps in them, where the
-  /// guess took them to be evenly spread.
-  __device__ static key_range whole_bins(key_range range, std::uint32_t max_key) {
-    const std::uint32_t low = range.low >> sample_shift << sample_shift;
-    const std::uint32_t end = ((range.high >> sample_shift) + 1) << sample_shift;
+  /// For a second try: all of the sample's bins that a range touches, and one more at either end. Keys that are tied
+  /// leave gaps in them, where the guess took them to be evenly spread.
+  __device__ static key_range whole_bins(key_range range, sample_edges edges, std::uint32_t max_key) {
+    const std::uint32_t bin = edges.bin_of(range.low);
+    const std::uint32_t low = edges.low_of(bin > 0 ? bin - 1 : 0);
+    const std::uint32_t end = edges.low_of(edges.bin_of(range.high) + 2);
     const std::uint32_t high = end < max_key + 1 ? end : max_key + 1;
     return {high - low > 2 * reach ? high - 2 * reach : low, high};
   }
 
  private:
-  static constexpr int bins = sample_bins / select_threads;  // of a thread
-  static_assert(bins == 2);
-  static constexpr std::uint32_t reach = (1u << 25) - 1;  // from a range's middle: doubt_bins hold eight octaves
+  static constexpr std::uint32_t bins = sample_bins / 32;  // of a lane
+  static constexpr std::uint32_t reach = (1u << 25) - 1;   // from a range's middle: doubt_bins hold eight octaves
 
-  __device__ static int index(chosen_by by) { return by == chosen_by::count ? 1 : 0; }
-  /// The first key of the thread's i-th bin. Lighter keys than those of 128 octaves count with heavier ones.
-  __device__ std::uint32_t edge(std::uint32_t i) const {
-    const int bin = first_bin_ + static_cast<int>(i);
-    return bin < 0 ? 0 : static_cast<std::uint32_t>(bin) << sample_shift;
+  __device__ static std::uint32_t first_bin() { return bins * static_cast<std::uint32_t>(select_team::lane()); }
+
+  /// The key below which the sample has `target`, where a bin's keys are evenly spread.
+  __device__ __forceinline__ std::uint32_t key_at(float target) const {
+    const std::uint32_t holders = __ballot_sync(~0u, before_ + ends_[bins - 1] > target);
+    std::uint32_t bin = bins - 1;
+    float low = before_ + ends_[bins - 2];
+    float high = before_ + ends_[bins - 1];
+#pragma unroll
+    for (int i = bins - 2; i >= 0; --i) {
+      if (before_ + ends_[i] > target) {
+        bin = static_cast<std::uint32_t>(i);
+        high = before_ + ends_[i];
+        low = i > 0 ? before_ + ends_[i > 0 ? i - 1 : 0] : before_;
+      }
+    }
+    bin += first_bin();
+    const float part = target > low ? __fdividef(target - low, high - low) : 0.0f;
+    const std::uint32_t from = edges_.low_of(bin);
+    const auto width = static_cast<float>(edges_.low_of(bin + 1) - from);
+    const std::uint32_t key = from + static_cast<std::uint32_t>((part < 1.0f ? part : 1.0f) * width);
+    return __shfl_sync(~0u, key, holders != 0 ? __ffs(static_cast<int>(holders)) - 1 : 31);
   }
 
-  select_row_memory& memory_;
-  float items_;
-  int first_bin_;
-  std::uint32_t counts_[bins] = {};
+  sample_edges edges_;
+  float rate_;
+  float counts_[bins];
+  float ends_[bins] = {};  // of the bins, from the lane's first
+  float before_ = 0.0f;    // the lane's first bin
 };
 
 }  // namespace specattn::inline v0_1::detail

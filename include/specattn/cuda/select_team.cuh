@@ -31,6 +31,20 @@ struct greater {
 using select_scan = cub::BlockScan<std::uint64_t, select_threads, cub::BLOCK_SCAN_WARP_SCANS>;
 using select_word_scan = cub::BlockScan<std::uint32_t, select_threads, cub::BLOCK_SCAN_WARP_SCANS>;
 
+/// The same place in shared memory, whose address the compiler then keeps: in a cluster it takes four instructions and
+/// thirty cycles, and it would compute it at every use. Nor does it compute ahead of a loop what depends on it: a loop
+/// of mostly one turn would fill the registers.
+template <class T>
+__device__ __forceinline__ T* settled(T* place) {
+#if defined(__CUDA_ARCH__)
+  auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(place));
+  asm volatile("" : "+r"(address));
+  return static_cast<T*>(__cvta_shared_to_generic(address));
+#else
+  return place;
+#endif
+}
+
 /// The shared memory of one CTA.
 struct select_team_memory {
   std::uint64_t sums[select_bins];    ///< this CTA's histogram: a 64-bit sum a bin, or two arrays of 32-bit sums
@@ -51,7 +65,7 @@ class select_team {
     const auto cluster = cooperative_groups::this_cluster();
     rank_ = static_cast<int>(cluster.block_rank());
     size_ = static_cast<int>(cluster.num_blocks());
-    if (size_ > 1) cluster.barrier_arrive();
+    if (size_ > 1) arrive();
 #endif
   }
 
@@ -61,6 +75,34 @@ class select_team {
     if (size_ > 1 && !met_) cooperative_groups::this_cluster().barrier_wait();
 #endif
     met_ = true;
+  }
+
+  /// A barrier after which peers may read what this CTA has written to its own shared memory, and that alone: a tenth of
+  /// what sync() costs, which orders all of memory.
+  __device__ __forceinline__ void sync_own() const {
+#if SPECATTN_CLUSTERS
+    if (size_ > 1) {
+#if defined(__CUDA_ARCH__)
+      asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
+#endif
+      arrive();
+      cooperative_groups::this_cluster().barrier_wait();
+      return;
+    }
+#endif
+    __syncthreads();
+  }
+
+  /// The two halves of a barrier behind which a CTA may end: peers have read what they wanted of it.
+  __device__ __forceinline__ void part() const {
+#if SPECATTN_CLUSTERS
+    if (size_ > 1) arrive();
+#endif
+  }
+  __device__ __forceinline__ void await_peers() const {
+#if SPECATTN_CLUSTERS
+    if (size_ > 1) cooperative_groups::this_cluster().barrier_wait();
+#endif
   }
 
   __device__ int rank() const { return rank_; }
@@ -198,6 +240,17 @@ class select_team {
   }
 
  private:
+#if SPECATTN_CLUSTERS
+  /// Orders nothing: barrier_arrive() would first wait for all of memory.
+  __device__ __forceinline__ static void arrive() {
+#if defined(__CUDA_ARCH__)
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#else
+    cooperative_groups::this_cluster().barrier_arrive();
+#endif
+  }
+#endif
+
   template <class Op>
   __device__ static std::uint64_t over_warp(std::uint64_t x, Op op) {
     for (int distance = 16; distance > 0; distance /= 2) x = op(x, __shfl_xor_sync(~0u, x, distance));
