@@ -80,10 +80,12 @@ class select_row : group_part {
     return search(everything, facts.max_key, edges);
   }
 
+  /// 2048 positions of the CTA are sampled, or all.
+  __device__ int log_rate_of() const { return 32 - __clz((member_share(items, team_) - 1) >> 11); }
+
   /// Leaves in memory where the sample takes the thresholds to be.
   __device__ __forceinline__ void guess_ranges(key_facts facts, sample_edges edges, bool everything) {
-    const std::int32_t share = member_share(items, team_);
-    const int log_rate = 32 - __clz((share - 1) >> 11);  // 2048 of the CTA, or all
+    const int log_rate = log_rate_of();
     count_sample(edges, range, forced, log_rate, each_words_, keys_, memory_->sample);
     team_.sync_own();
     if (team_.size() > 1) {
@@ -128,14 +130,14 @@ class select_row : group_part {
       select_row_threshold threshold(team_, memory_, mass_, max_key, by);
       const std::uint64_t inside = sweep(guess, threshold.bins_of(guess));
       const auto for_each = [&](auto visit) { each_doubt(inside, visit); };
-      if (threshold.find(guess, top_p, limit, for_each, [&] { store_kept(); })) {
+      if (threshold.find(guess, top_p, limit, forced.head + (items - forced.tail), for_each, [&] { store_kept(); })) {
         if (resolve(inside, by, everything)) return true;
         by = by == chosen_by::mass ? chosen_by::count : chosen_by::mass;
         guess = memory_->guess[by == chosen_by::mass ? 0 : 1];
         wider = false;
       } else {
         if (wider) return false;
-        guess = select_row_sample::whole_bins(guess, edges, max_key);
+        guess = select_row_sample::wider(guess, edges, log_rate_of(), max_key);
         wider = true;
       }
       team_.sync_own();  // peers have read what this CTA told

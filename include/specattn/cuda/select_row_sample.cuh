@@ -27,6 +27,11 @@ struct sample_edges {
   }
   __device__ std::uint32_t bin_of(std::uint32_t key) const { return key < low ? 0 : 1 + ((key - low) >> shift); }
   __device__ std::uint32_t low_of(std::uint32_t bin) const { return bin == 0 ? 0 : low + ((bin - 1) << shift); }
+  /// The bins that a range touches, and `more` on either side.
+  __device__ key_range around(key_range range, std::uint32_t more) const {
+    const std::uint32_t first = bin_of(range.low);
+    return {low_of(first > more ? first - more : 0), low_of(bin_of(range.high) + 1 + more)};
+  }
 };
 
 /// Counts the CTA's sample: one of every 2^log_rate positions that are not forced.
@@ -85,9 +90,7 @@ class select_row_sample {
     const float variance = (rate_ - 1.0f) * each * tail;
     const float margin = (variance > 0.0f ? 3.0f * variance * rsqrtf(variance) : 0.0f) + tail * 0x1p-8f + (counting ? 1.0f : 0.0f);
     key_range range{key_at(tail - margin), key_at(tail + margin)};
-    if (rate_ == 1.0f) {  // the bins are known, but not how keys lie in them
-      range = {edges_.low_of(edges_.bin_of(range.low)), edges_.low_of(edges_.bin_of(range.high) + 1)};
-    }
+    if (rate_ == 1.0f) range = edges_.around(range, 2);  // the bins are known, but not how keys lie in them
     ++range.high;
     if (range.high > max_key + 1) range.high = max_key + 1;
     if (range.high > middle + reach) range.high = middle + reach;
@@ -95,14 +98,12 @@ class select_row_sample {
     return range;
   }
 
-  /// For a second try: all of the sample's bins that a range touches, and one more at either end. Keys that are tied
-  /// leave gaps in them, where the guess took them to be evenly spread.
-  __device__ static key_range whole_bins(key_range range, sample_edges edges, std::uint32_t max_key) {
-    const std::uint32_t bin = edges.bin_of(range.low);
-    const std::uint32_t low = edges.low_of(bin > 0 ? bin - 1 : 0);
-    const std::uint32_t end = edges.low_of(edges.bin_of(range.high) + 2);
-    const std::uint32_t high = end < max_key + 1 ? end : max_key + 1;
-    return {high - low > 2 * reach ? high - 2 * reach : low, high};
+  /// For a second try, in all of the sample's bins that a range touches and some more. Keys that are tied leave gaps in
+  /// them, where the guess took them to be evenly spread.
+  __device__ static key_range wider(key_range range, sample_edges edges, int log_rate, std::uint32_t max_key) {
+    const key_range bins = edges.around(range, log_rate == 0 ? 8 : 2);
+    const std::uint32_t high = bins.high < max_key + 1 ? bins.high : max_key + 1;
+    return {high - bins.low > 2 * reach ? high - 2 * reach : bins.low, high};
   }
 
  private:

@@ -78,8 +78,8 @@ class select_row_threshold {
   /// masses and counted its keys; for_each(visit) visits the thread's keys there. False, in all CTAs, if the threshold
   /// lies elsewhere. `last()` is called before the verdict is given.
   template <class ForEach, class Last>
-  __device__ __forceinline__ bool find(key_range range, float top_p, std::int32_t limit, ForEach for_each,
-                                       Last last) {
+  __device__ __forceinline__ bool find(key_range range, float top_p, std::int32_t limit, std::int32_t forced_count,
+                                       ForEach for_each, Last last) {
 #pragma unroll 1
     for (bool first = true;; first = false) {
       memory_ = settled(memory_);
@@ -87,7 +87,11 @@ class select_row_threshold {
       __syncthreads();
       if (team_.warp() == 0) {
         if (first) set_target(top_p, limit);
-        pick_bin(range);
+        if (first && need_ == 0) {
+          settle_for(forced_count);
+        } else {
+          pick_bin(range);
+        }
       }
       __syncthreads();
       if (!memory_->found.hit) return false;
@@ -103,7 +107,8 @@ class select_row_threshold {
       }
       last();
       if (team_.warp() == 0) {
-        const auto found = least == largest ? all_equal(least) : find_nearest();
+        threshold<std::uint32_t> found{~0u, 0, 0};  // where no key is needed
+        if (doubts > 0) found = least == largest ? all_equal(least) : find_nearest();
         if (team_.lane() == 0) {
           memory_->total_mass = memory_->found.total;
           memory_->chosen_mass = memory_->found.target - memory_->found.need + found.mass;  // by count: not yet the mass
@@ -146,9 +151,20 @@ class select_row_threshold {
     const std::uint64_t target =
         by_ == chosen_by::count ? static_cast<std::uint64_t>(limit) : target_mass(top_p, total);
     need_ = target > chosen ? target - chosen : 0;
+    count_ = static_cast<std::int32_t>(count);
     if (team_.lane() > 0) return;
     memory_->found.total = total;
     memory_->found.target = target;
+    memory_->found.need = target - chosen;
+  }
+
+  /// Where what is kept without doubt is enough: it is the answer if it is the forced positions, as where they hold most
+  /// of the mass. No key is then in range.
+  __device__ __forceinline__ void settle_for(std::int32_t forced_count) {
+    if (team_.lane() > 0) return;
+    memory_->found.keys = {~0u, ~0u};
+    memory_->found.hit = count_ == forced_count;
+    memory_->doubts = no_doubts;
   }
 
   /// Narrows the range to the bin that holds the threshold, if one does; by one warp, eight bins a lane.
@@ -313,6 +329,7 @@ class select_row_threshold {
   chosen_by by_;
   // of the first warp
   std::uint64_t need_ = 0;
+  std::int32_t count_ = 0;  // kept without doubt
   member_doubts theirs_{};  // of a CTA a lane, as the rest:
   std::uint32_t kept_ = 0;  // kept without doubt,
   std::uint32_t above_ = 0, equal_ = 0;  // nearest keys, by the threshold
