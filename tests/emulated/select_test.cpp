@@ -12,7 +12,7 @@ using select_fixture = cuda_fixture;
 #include "select_group_cases.hpp"
 
 namespace specattn::inline v0_1::detail {
-thread_local uint4 member_memory[16384 / 4];  // a CTA's dynamic shared memory: the keys of its part of a row
+thread_local uint4 member_memory[4608];  // a CTA's dynamic shared memory: keys of its part of a row, or scores
 }
 
 namespace select_testing {

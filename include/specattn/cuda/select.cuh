@@ -61,11 +61,28 @@ __global__ void __launch_bounds__(select_threads, 3)
   select_group<T>(launch, team, group, scratch).run(group);
 }
 
+/// Rows combined position by position, each read once, with the scores in shared memory.
+template <storage T>
+__global__ void __launch_bounds__(select_threads, 3)
+    select_combined_kernel(const __grid_constant__ select_launch<T> launch) {
+  __shared__ select_team_memory memory;
+  extern __shared__ uint4 member_memory[];
+  select_team team(memory);
+  const std::int32_t share = member_share(launch.from.weights.extent(2), team.size());
+  select_scratch_view scratch;
+  scratch.own = true;
+  scratch.scores = reinterpret_cast<std::uint64_t*>(member_memory);
+  scratch.kept = reinterpret_cast<std::uint32_t*>(scratch.scores + share);
+  scratch.equal = scratch.kept + share / 32;
+  const std::ptrdiff_t group = blockIdx.x >> team.log_size();
+  select_group<T>(launch, team, group, scratch).run(group);
+}
+
 template <>
 struct select_impl<cuda> {
   static std::size_t workspace_bytes(const context<cuda>& ctx, std::ptrdiff_t groups, std::ptrdiff_t rows,
                                      std::ptrdiff_t kv_len, const selection_rule& rule) {
-    if (rows == 1 && is_resident(ctx, kv_len, rule)) return 0;
+    if (rows == 1 ? is_resident(ctx, kv_len, rule) : holds_scores(ctx, kv_len, rule)) return 0;
     return static_cast<std::size_t>(groups) *
            select_scratch_view{}.lay_out(nullptr, kv_len, rows > 1, rule.page_size > 1);
   }
@@ -84,6 +101,11 @@ struct select_impl<cuda> {
       const int cluster = cluster_for(ctx, groups, kv_len);
       return start(ctx, rows > 1 ? select_rows_kernel<T, true> : select_rows_kernel<T, false>, groups, cluster,
                    shared_bytes(member_share(kv_len, cluster)), launch);
+    }
+    if (combined && holds_scores(ctx, kv_len, rule)) {
+      const int cluster = cluster_for_scores(ctx, groups, kv_len);
+      const auto share = static_cast<std::size_t>(member_share(kv_len, cluster));
+      return start(ctx, select_combined_kernel<T>, groups, cluster, share * sizeof(std::uint64_t) + share / 4, launch);
     }
     launch.group_bytes = select_scratch_view{}.lay_out(nullptr, kv_len, combined, rule.page_size > 1);
     launch.workspace = ctx.workspace(static_cast<std::size_t>(groups) * launch.group_bytes, "select");
@@ -108,6 +130,21 @@ struct select_impl<cuda> {
   static bool is_resident(const context<cuda>& ctx, std::ptrdiff_t kv_len, const selection_rule& rule) {
     return rule.page_size == 1 && rule.method == threshold_method::exact &&
            kv_len <= std::ptrdiff_t{largest_cluster(ctx)} * most_share;
+  }
+
+  /// Scores of a CTA: three fit a Hopper multiprocessor.
+  static constexpr std::int32_t most_scores = 4096;
+  static bool holds_scores(const context<cuda>& ctx, std::ptrdiff_t kv_len, const selection_rule& rule) {
+    const std::int32_t most = ctx.code_major() >= 9 ? 2 * most_scores : most_scores;
+    static_assert(2 * most_scores <= held_row<float>::most);
+    return rule.page_size == 1 && kv_len <= std::ptrdiff_t{largest_cluster(ctx)} * most;
+  }
+  static int cluster_for_scores(const context<cuda>& ctx, std::ptrdiff_t groups, std::ptrdiff_t kv_len) {
+    int cluster = 1;
+    while (cluster < largest_cluster(ctx) && (kv_len > std::ptrdiff_t{cluster} * most_scores ||
+                                              groups * cluster * 2 <= std::ptrdiff_t{3} * ctx.multiprocessors()))
+      cluster *= 2;
+    return cluster;
   }
 
   /// The smallest cluster that holds a row, or, where all rows run at once all the same, one that leaves a CTA half.

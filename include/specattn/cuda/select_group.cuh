@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "select_held_row.cuh"
 #include "select_part.cuh"
 #include "select_row_list.cuh"
 
@@ -27,9 +28,17 @@ class select_group : group_part {
     const std::ptrdiff_t rows = from_.weights.extent(1);
     const bool one_choice = rows == 1 || rule_.rows == combine::unite;
     const bool combined = scratch_.scores != nullptr;
-    for (std::int32_t i = first_position_ + team_.thread(); combined && i < last_position_; i += select_threads)
-      scratch_.scores[i] = 0;
-    for (std::ptrdiff_t row = 0; row < rows; ++row) take_row(group, row, one_choice, combined);
+    std::int32_t scores = last_position_ - first_position_;
+    if (scratch_.own) scores = (scores + 3) / 4 * 4;  // a held row has whole fours
+    for (std::int32_t i = team_.thread(); combined && i < scores; i += select_threads) scores_here()[i] = 0;
+    __syncthreads();
+    for (std::ptrdiff_t row = 0; row < rows; ++row) {
+      if (scratch_.own && combined && !one_choice) {
+        take_held_row(group, row);
+      } else {
+        take_row(group, row, one_choice, combined);
+      }
+    }
     if (combined) finish_rows(one_choice);
     std::uint64_t before, count;
     count_kept(before, count);
@@ -85,9 +94,37 @@ class select_group : group_part {
       choose(row_, max_key, whole_sums<row_mass>{mass_});
     } else {
       sum_pages([&](std::int32_t position) { return mass_(row_.key(position)); });
-      choose(scored_items{scratch_.pages}, largest(scratch_.pages), whole_sums<score_mass>{});
+      choose(scored_items{scratch_.pages + range.first}, largest(scratch_.pages + range.first),
+             whole_sums<score_mass>{});
     }
     if (combined) combine_row(positions);
+  }
+
+  /// As take_row(), of a row that is only to be combined, read once.
+  __device__ __forceinline__ void take_held_row(std::ptrdiff_t group, std::ptrdiff_t row) {
+    const T* weights = from_.weights.data() + group * from_.weights.stride(0) + row * from_.weights.stride(1);
+    const std::ptrdiff_t stride = from_.weights.stride(2);
+    const std::int32_t count = last_position_ - first_position_;
+    held_row<T> held;
+    std::uint32_t facts[2];
+    held.load(weights + first_position_ * stride, stride, count, facts);
+    std::uint32_t max_key = facts[0];
+    if (team_.largest_and_any(max_key, facts[1] != 0)) status |= selection_invalid_weight;
+    if (needs_lift(max_key) && max_key != 0) {
+      held.lift();
+      max_key = lift_key(max_key);
+    }
+    mass_ = row_mass{mass_scale(max_key)};
+    std::uint64_t sum[1] = {0};
+    held.for_each(count, [&](std::int32_t, std::uint32_t key) { sum[0] += mass_(key); });
+    team_.reduce(sum, plus{});
+    const float scale = share_scale(mass_.scale, sum[0]);
+    const bool larger = rule_.rows == combine::max;
+    held.for_each(count, [&](std::int32_t i, std::uint32_t key) {
+      const std::uint64_t share = weight_share(key, scale);
+      std::uint64_t& score = scores_here()[i];  // the same thread's in every row
+      score = larger ? (score < share ? share : score) : score + share;
+    });
   }
 
   __device__ __forceinline__ void combine_row(item_range positions) {
@@ -95,11 +132,14 @@ class select_group : group_part {
     row_.for_each(positions, [&](std::int32_t, std::int32_t position, std::uint32_t key, bool valid) {
       if (!valid) return;
       const std::uint64_t share = weight_share(key, scale);
-      std::uint64_t& score = scratch_.scores[position];
+      std::uint64_t& score = scores_here()[position - first_position_];
       score = rule_.rows == combine::max ? (score < share ? share : score) : score + share;
     });
     __syncthreads();
   }
+
+  /// The scores of this CTA's positions.
+  __device__ std::uint64_t* scores_here() const { return scratch_.scores + (scratch_.own ? 0 : first_position_); }
 
   /// pages[item] = the sum of its positions' masses; a warp a page.
   template <class Mass>
@@ -112,9 +152,10 @@ class select_group : group_part {
     }
     __syncthreads();
   }
+  /// The largest score; `scores` are those of this CTA's items.
   __device__ std::uint64_t largest(const std::uint64_t* scores) {
     std::uint64_t most[1] = {0};
-    for (std::int32_t i = range.first + team_.thread(); i < range.last; i += select_threads)
+    for (std::int32_t i = team_.thread(); i < range.last - range.first; i += select_threads)
       most[0] = most[0] < scores[i] ? scores[i] : most[0];
     team_.reduce(most, greater{});
     return most[0];
@@ -122,18 +163,22 @@ class select_group : group_part {
 
   /// Folds the combined rows into items, and selects from them unless the rows did.
   __device__ __forceinline__ void finish_rows(bool chosen) {
-    if (paged()) sum_pages([&](std::int32_t position) { return scratch_.scores[position]; });
+    __syncthreads();
+    if (paged()) sum_pages([&](std::int32_t position) { return scores_here()[position - first_position_]; });
     if (!chosen) {
       choose(scored_items{final_scores()}, largest(final_scores()), whole_sums<score_mass>{});
       return;
     }
     std::uint64_t sum[1] = {0};
-    for (std::int32_t i = range.first + team_.thread(); i < range.last; i += select_threads)
+    for (std::int32_t i = team_.thread(); i < range.last - range.first; i += select_threads)
       sum[0] += final_scores()[i];
     team_.reduce(sum, plus{});
     total_ = sum[0];
   }
-  __device__ const std::uint64_t* final_scores() const { return paged() ? scratch_.pages : scratch_.scores; }
+  /// What this CTA's items are chosen by.
+  __device__ const std::uint64_t* final_scores() const {
+    return paged() ? scratch_.pages + range.first : scores_here();
+  }
 
   /// Counts the items that counts(item) names into the first histogram; returns the mass of the others.
   template <class Key, class Source, class Bins, class Sums, class Counts>
@@ -258,6 +303,7 @@ class select_group : group_part {
       const bool stays = valid && !among_forced && forced.holds(item);
       const std::uint32_t above = __ballot_sync(~0u, stays || (candidate && (all_ties || key > found.least.key)));
       const std::uint32_t equal = __ballot_sync(~0u, candidate && !all_ties && key == found.least.key);
+      __syncwarp();  // all lanes have read the word that the first now writes
       if (team_.lane() > 0) return;
       scratch_.kept[word_at(word)] = above;
       scratch_.equal[word_at(word)] = equal;

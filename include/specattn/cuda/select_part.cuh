@@ -27,7 +27,7 @@ struct select_scratch_view {
   std::uint64_t* pages = nullptr;   ///< items: mass of a row's pages, in the end of the combined rows'
   std::uint32_t* kept = nullptr;    ///< words
   std::uint32_t* equal = nullptr;   ///< words
-  bool own = false;                 ///< the words are those of this CTA alone
+  bool own = false;                 ///< scores and words are those of this CTA alone, in shared memory
 
   /// Lays the arrays out from `base`, which may be null, and returns the bytes they take.
   SPECATTN_HD std::size_t lay_out(std::byte* base, std::ptrdiff_t kv_len, bool combined, bool paged) {

@@ -10,11 +10,34 @@
 
 namespace specattn::inline v0_1::detail {
 
-/// Stages the positions of a word's bits.
-__device__ __forceinline__ void stage_word(std::uint32_t bits, std::int32_t first, std::uint32_t*& staged) {
+/// Stores to shared memory, if so: one predicated instruction, where the compiler would branch around what the value
+/// takes.
+__device__ __forceinline__ void store_if(bool so, std::uint32_t* to, std::uint32_t value) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("{\n.reg .pred so;\nsetp.ne.u32 so, %0, 0;\n@so st.shared.u32 [%1], %2;\n}" ::"r"(
+                   static_cast<std::uint32_t>(so)),
+               "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(to))), "r"(value)
+               : "memory");
+#else
+  if (so) *to = value;
+#endif
+}
+
+/// Stores `from` plus the number of each bit of a word, in order; four at a time, since to find one takes long.
+__device__ __forceinline__ void list_bits(std::uint32_t bits, std::uint32_t from, std::uint32_t* to) {
+  constexpr int together = 4;
 #pragma unroll 1
-  for (; bits != 0; bits &= bits - 1)
-    *staged++ = static_cast<std::uint32_t>(first - 1 + __ffs(static_cast<int>(bits)));
+  for (; bits != 0; to += together) {
+    std::uint32_t lowest[together];
+#pragma unroll
+    for (std::uint32_t& each : lowest) {
+      each = bits & (0 - bits);
+      bits ^= each;
+    }
+#pragma unroll
+    for (int i = 0; i < together; ++i)
+      store_if(lowest[i] != 0, to + i, from + 31u - static_cast<std::uint32_t>(__clz(static_cast<int>(lowest[i]))));
+  }
 }
 
 /// Writes to `to` the positions of the CTA's bits, `count` of them, `at` before this thread's, whose two words begin at
@@ -31,8 +54,9 @@ __device__ __forceinline__ void write_list(std::uint64_t bits, std::int32_t firs
     return;
   }
   std::uint32_t* next = staged + at;
-  stage_word(static_cast<std::uint32_t>(bits), first, next);
-  stage_word(static_cast<std::uint32_t>(bits >> 32), first + 32, next);
+  const auto low = static_cast<std::uint32_t>(bits);
+  list_bits(low, static_cast<std::uint32_t>(first), next);
+  list_bits(static_cast<std::uint32_t>(bits >> 32), static_cast<std::uint32_t>(first) + 32, next + __popc(low));
   __syncthreads();
 #pragma unroll 4
   for (std::int32_t i = select_team::thread(); i < count; i += select_threads, to += step)

@@ -75,14 +75,14 @@ struct streamed_row {
   }
 };
 
-/// Integer scores in the workspace.
+/// Integer scores of a CTA's items.
 struct scored_items {
   const std::uint64_t* scores;
 
   template <class Visit>
   __device__ __forceinline__ void for_each(item_range items, Visit visit) const {
     visit_items<std::uint64_t>(
-        items, [&](std::int32_t item) { return scores[item]; }, visit);
+        items, [&](std::int32_t item) { return scores[item - items.first]; }, visit);
   }
 };
 
