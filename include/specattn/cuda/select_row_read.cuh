@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "../scalar.hpp"
 #include "select_row_memory.cuh"
@@ -21,6 +22,56 @@ __device__ __forceinline__ std::uint32_t larger(std::uint32_t a, std::uint32_t b
   return __vimax3_u32(a, b, c);
 }
 
+/// Copies four weights to shared memory without a register in between.
+__device__ __forceinline__ void copy_four(std::uint32_t* to, const float* from) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
+                   static_cast<std::uint32_t>(__cvta_generic_to_shared(to))),
+               "l"(from)
+               : "memory");
+#else
+  for (int i = 0; i < 4; ++i) to[i] = __float_as_uint(from[i]);
+#endif
+}
+/// This thread's copies have arrived.
+__device__ __forceinline__ void await_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+/// As read_row(), of aligned floats: all of a thread's are on their way at once.
+__device__ __forceinline__ key_facts copy_row(const float* row, item_range range, int each_words,
+                                              std::uint32_t* keys) {
+  constexpr int step = select_threads * 4;
+  const int thread = select_team::thread();
+  const std::int32_t count = range.last - range.first;
+  const std::int32_t whole = count / 4 * 4 - thread * 4;
+  const std::int32_t end = range.words * 32 - thread * 4;
+  std::uint32_t* own = keys + place_of(thread * 4, each_words);
+  row += thread * 4;
+  const float* from = row;
+  std::uint32_t* to = own;
+#pragma unroll 8
+  for (std::int32_t i = 0; i < whole; i += step, from += step, to += step) copy_four(to, from);
+  // The last word has up to eight fours that are not whole; a thread has one of them at most.
+  const std::int32_t ragged = count / 4 + ((thread - count / 4) & (select_threads - 1));
+  if (ragged < range.words * 8) {
+    const std::int32_t i = (ragged - thread) * 4;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) own[i + j] = ragged * 4 + j < count ? __float_as_uint(row[i + j]) : 0;
+  }
+  await_copies();
+  key_facts facts{0, 0.0f};
+#pragma unroll 4
+  for (std::int32_t i = 0; i < end; i += step) {
+    const uint4 four = *reinterpret_cast<const uint4*>(own + i);
+    facts.max_key = larger(larger(facts.max_key, four.x, four.y), four.z, four.w);
+    facts.sum += (__uint_as_float(four.x) + __uint_as_float(four.y)) + (__uint_as_float(four.z) + __uint_as_float(four.w));
+  }
+  return facts;
+}
+
 /// Reads the CTA's part of the row. Weights that are not valid have larger keys than any that are.
 template <storage T>
 __device__ __forceinline__ key_facts read_row(const T* row, std::ptrdiff_t stride, item_range range, int each_words,
@@ -32,6 +83,9 @@ __device__ __forceinline__ key_facts read_row(const T* row, std::ptrdiff_t strid
   const std::int32_t count = range.last - range.first;
   const std::int32_t words_end = range.words * 8;
   const bool vectors = stride == 1 && reinterpret_cast<std::uintptr_t>(row) % sizeof(four_weights) == 0;
+  if constexpr (std::is_same_v<T, float>) {
+    if (vectors) return copy_row(row, range, each_words, keys);
+  }
   const auto take = [&](std::int32_t place, const T(&x)[4]) {
     float weight[4];
     std::uint32_t key[4];
