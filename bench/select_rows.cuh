@@ -18,11 +18,13 @@ enum class row_kind {
   one_hot,    ///< one position holds everything
   all_equal,  ///< one weight
   heavy_tie,  ///< eight weights, each half the one before
-  flat,       ///< the mean of exponentials of N(0, 1) logits of 32 heads: as mixtures have them
+  flat,       ///< the mean of exponentials of N(0, 1) logits of 32 heads: as mixtures have them,
+  flat_16,    ///< of 16,
+  flat_128,   ///< and of 32 heads in four draft steps
   real,       ///< attention rows from a file
 };
 inline const char* name_of(row_kind kind) {
-  constexpr const char* names[] = {"softmax", "uniform", "one-hot", "all equal", "heavy ties", "flat", "real"};
+  constexpr const char* names[] = {"softmax", "uniform", "one-hot", "all equal", "heavy ties", "flat", "flat, 16", "flat, 128", "real"};
   return names[static_cast<int>(kind)];
 }
 
@@ -63,11 +65,11 @@ __device__ inline float normal_of(std::uint64_t x) {
 
 __device__ inline float unscaled_weight(row_kind kind, std::uint64_t i, std::int32_t length, std::uint32_t seed) {
   const auto position = static_cast<std::int32_t>(i % static_cast<std::uint64_t>(length));
-  if (kind == row_kind::flat) {
-    constexpr int heads = 32;
+  if (kind == row_kind::flat || kind == row_kind::flat_16 || kind == row_kind::flat_128) {
+    const int heads = kind == row_kind::flat ? 32 : kind == row_kind::flat_16 ? 16 : 128;
     float sum = 0.0f;
     for (int head = 0; head < heads; ++head)
-      sum += expf(normal_of(mixed_bits(i * heads + static_cast<unsigned>(head), seed)));
+      sum += expf(normal_of(mixed_bits(i * static_cast<unsigned>(heads) + static_cast<unsigned>(head), seed)));
     return sum;
   }
   const std::uint64_t x = mixed_bits(i, seed);

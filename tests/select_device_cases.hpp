@@ -10,7 +10,8 @@
 
 namespace select_testing {
 
-inline void same_as_cpu(cuda_fixture& fixture, cpu_fixture& cpu, const problem<float>& p) {
+template <class T>
+void same_as_cpu(cuda_fixture& fixture, cpu_fixture& cpu, const problem<T>& p) {
   const answer want = solve(cpu, p);
   const answer got = solve(fixture, p);
   CHECK(got.counts == want.counts);
@@ -30,6 +31,44 @@ inline void fill_kinds(problem<float>& p, std::mt19937& random) {
     p.at(3, 0, i) = std::exp(-12.0f * u);
     p.at(4, 0, i) = i == p.kv_len / 2 ? 1.0f : 1e-9f * u;  // one-hot
     p.at(5, 0, i) = i % 3 == 0 ? u : 0.0f;                 // zeros that only a count sees
+  }
+}
+
+/// As mixtures of many heads have them: nearly equal weights, which in 16 bits tie by hundreds.
+template <class T>
+void fill_flat(problem<T>& p, std::mt19937& random) {
+  std::vector<T> near;
+  for (int i = 0; i < 4096; ++i) {
+    float sum = 0.0f;
+    for (int head = 0; head < 24; ++head)
+      sum += std::exp(static_cast<float>(random() % 65536u) / 16384.0f - 2.0f);
+    near.push_back(specattn::from_float<T>(sum / (40.0f * static_cast<float>(p.kv_len))));
+  }
+  for (T& weight : p.memory) weight = near[random() % 4096u];
+}
+
+template <class T>
+void check_flat(cuda_fixture& fixture, cpu_fixture& cpu, std::ptrdiff_t groups, std::ptrdiff_t length) {
+  std::mt19937 random(60);
+  for (const float top_p : {0.28f, 0.95f}) {
+    specattn::selection_rule rule;
+    rule.top_p = top_p;
+    auto p = dense_problem<T>(groups, 1, length, rule);
+    fill_flat(p, random);
+    p.memory[static_cast<std::size_t>(length / 2)] = specattn::from_float<T>(0.5f);  // one row that is not
+    same_as_cpu(fixture, cpu, p);
+    p.rule.max_tokens = static_cast<std::int32_t>(length / 5);
+    same_as_cpu(fixture, cpu, p);
+  }
+}
+
+TEST_CASE("select on the device: flat rows of 16 and 32 bits, full of ties, give the CPU's lists") {
+  cuda_fixture fixture;
+  cpu_fixture cpu;
+  for (const std::ptrdiff_t length : {1000, 9000, 33000}) {
+    check_flat<float>(fixture, cpu, 3, length);
+    check_flat<bf16>(fixture, cpu, 3, length);
+    check_flat<fp16>(fixture, cpu, 3, length);
   }
 }
 

@@ -68,6 +68,16 @@ TEST_CASE("select on the device: rows of every kind, on one CTA and on eight, gi
   }
 }
 
+TEST_CASE("select on the device: flat rows by hundreds, on as few CTAs as hold them, give the CPU's lists") {
+  cuda_fixture fixture;
+  cpu_fixture cpu;
+  for (const std::ptrdiff_t length : {5000, 12000, 16384, 32768}) {
+    check_flat<float>(fixture, cpu, 1100, length);
+    check_flat<fp16>(fixture, cpu, 1100, length);
+  }
+  check_flat<bf16>(fixture, cpu, 1100, 32768);
+}
+
 TEST_CASE("select on the device: a captured graph follows lengths that change between replays") {
   cuda_fixture fixture;
   specattn::context<specattn::cpu> cpu;

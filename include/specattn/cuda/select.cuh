@@ -35,14 +35,14 @@ __device__ __noinline__ void sweep_group(const select_launch<T>& launch, select_
 
 /// Lone rows and unions in shared memory; what those leave, and all else, is swept in memory.
 template <storage T, bool United>
-__global__ void __launch_bounds__(select_threads, 3)
+__global__ void __launch_bounds__(select_threads, 4)
     select_rows_kernel(const __grid_constant__ select_launch<T> launch) {
   __shared__ select_row_memory memory;
   extern __shared__ uint4 member_memory[];  // the keys, or what select_group needs
   auto* swept = reinterpret_cast<select_team_memory*>(member_memory);
   select_team team(*swept);
   const std::ptrdiff_t group = blockIdx.x >> team.log_size();
-  auto* keys = reinterpret_cast<std::uint32_t*>(settled(member_memory));
+  auto* keys = reinterpret_cast<T*>(settled(member_memory));
   if (select_row<T, United>(launch, team, group, settled(&memory), keys).run(group)) return;
   __syncthreads();
   select_team rest = team;  // a copy, so that the team itself stays in registers
@@ -98,9 +98,9 @@ struct select_impl<cuda> {
     const bool cap_may_bite = rule.max_tokens < kv_len || out.capacity() < kv_len;
     const bool combined = rows > 1 && (rule.rows != combine::unite || cap_may_bite || !out.mass.empty());
     if (!combined && is_resident(ctx, kv_len, rule)) {
-      const int cluster = cluster_for(ctx, groups, kv_len);
+      const int cluster = cluster_for(ctx, groups, kv_len, most_share * 4 / static_cast<std::int32_t>(sizeof(T)));
       return start(ctx, rows > 1 ? select_rows_kernel<T, true> : select_rows_kernel<T, false>, groups, cluster,
-                   shared_bytes(member_share(kv_len, cluster)), launch);
+                   shared_bytes(member_share(kv_len, cluster), sizeof(T)), launch);
     }
     if (combined && holds_scores(ctx, kv_len, rule)) {
       const int cluster = cluster_for_scores(ctx, groups, kv_len);
@@ -117,10 +117,10 @@ struct select_impl<cuda> {
 
  private:
   /// A CTA's share of a row: so large that a Hopper multiprocessor holds three CTAs, or that one fits elsewhere.
-  static constexpr std::int32_t most_share = 16384;
-  static_assert(most_share == 64 * select_threads);
-  static std::size_t shared_bytes(std::int32_t share) {
-    const std::size_t keys = static_cast<std::size_t>(share) * sizeof(std::uint32_t);
+  static constexpr std::int32_t most_share = 16384;  ///< of floats; twice as many of 16 bits
+  static_assert(2 * most_share == row_most_share);
+  static std::size_t shared_bytes(std::int32_t share, std::size_t weight_bytes) {
+    const std::size_t keys = static_cast<std::size_t>(share) * weight_bytes;
     const std::size_t search =
         sizeof(select_team_memory) + static_cast<std::size_t>(share) / 4;  // two bits a position
     return keys > search ? keys : search;
@@ -147,16 +147,24 @@ struct select_impl<cuda> {
     return cluster;
   }
 
-  /// The smallest cluster that holds a row, or, where all rows run at once all the same, one that leaves a CTA half.
-  static int cluster_for(const context<cuda>& ctx, std::ptrdiff_t groups, std::ptrdiff_t kv_len) {
-    int cluster = 1;
-    while (cluster < largest_cluster(ctx)) {
-      const bool fits = kv_len <= std::ptrdiff_t{cluster} * most_share;
-      const bool another_wave = groups * cluster * 2 > 2 * ctx.multiprocessors() * 9 / 10;
-      if (fits && (another_wave || kv_len <= std::ptrdiff_t{cluster} * most_share / 2)) break;
-      cluster *= 2;
+  /// The cluster that should take the least time, the smallest of several: a multiprocessor takes as long for a CTA as
+  /// for its share and 2304 more positions, and a wave of CTAs does not end before a lone one would, which takes as long
+  /// as for 16384 more. (Fitted to an H100.)
+  static int cluster_for(const context<cuda>& ctx, std::ptrdiff_t groups, std::ptrdiff_t kv_len, std::int32_t most) {
+    int best = 0;
+    std::ptrdiff_t least = 0;
+    for (int cluster = 1; cluster <= largest_cluster(ctx); cluster *= 2) {
+      const std::int32_t share = member_share(kv_len, cluster);
+      if (share > most) continue;
+      const std::ptrdiff_t positions = share > 8192 ? share : 8192;  // fewer pay for no larger cluster
+      const std::ptrdiff_t each = (groups * cluster + ctx.multiprocessors() - 1) / ctx.multiprocessors();
+      const std::ptrdiff_t together = share > most / 2 ? 3 : 4;
+      const std::ptrdiff_t time = each * (2304 + positions) + (each + together - 1) / together * (16384 + positions);
+      if (best != 0 && time >= least) continue;
+      best = cluster;
+      least = time;
     }
-    return cluster;
+    return best;
   }
 
   template <class... Arguments>

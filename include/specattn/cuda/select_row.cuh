@@ -23,16 +23,18 @@ namespace specattn::inline v0_1::detail {
 /// `United`: of several rows. A lone one needs no loop, whose invariants would fill the registers.
 template <storage T, bool United>
 class select_row : group_part {
+  static constexpr int most_words = row_keys<T>::most_words;
+  using bits = own_bits<most_words>;
+
  public:
   /// `keys` holds the CTA's share of the row, and later its list.
   __device__ __forceinline__ select_row(const select_launch<T>& launch, select_team& team, std::ptrdiff_t group,
-                                        select_row_memory* memory, std::uint32_t* keys)
+                                        select_row_memory* memory, T* keys)
       : group_part(launch, team, group, 1),
         launch_(launch),
         team_(team),
         memory_(memory),
-        keys_(keys),
-        each_words_(member_share(items, team) > 32 * select_threads ? 2 : 1) {}
+        keys_{keys, log_words_of(member_share(items, team))} {}
 
   /// Returns false, in all CTAs of the cluster, where it has not made the list. Several rows are united.
   /// \pre with several rows no cap can bite, and no mass is asked for
@@ -44,7 +46,7 @@ class select_row : group_part {
       if (!choose(row, weights.stride(2))) return false;
       return emit_list(group, kept_, start_, count_);
     }
-    std::uint64_t united = 0;
+    bits united;
 #pragma unroll 1
     for (std::ptrdiff_t i = 0; i < weights.extent(1); ++i, row += weights.stride(1)) {
       if (i > 0) __syncthreads();  // all have read what they keep of the last row
@@ -56,12 +58,16 @@ class select_row : group_part {
   }
 
  private:
+  __device__ static int log_words_of(std::int32_t share) {
+    return share <= 32 * select_threads ? 0 : share <= 64 * select_threads ? 1 : 2;
+  }
+
   /// Chooses from a row what the thread keeps of its words, and finds the CTA's place in the list. False where
   /// select_group has to.
   __device__ __forceinline__ bool choose(const T* row, std::ptrdiff_t stride) {
     const bool everything = asked_by(top_p) == asked::everything;
     memory_->clear(team_.thread());
-    key_facts facts = read_row(row + range.first * stride, stride, range, each_words_, keys_);
+    key_facts facts = read_row(row + range.first * stride, stride, range, keys_);
     team_.meet();
     facts = exchange_facts(team_, *memory_, turn_, facts);
     turn_ ^= 1;  // peers may be a row ahead
@@ -80,13 +86,16 @@ class select_row : group_part {
     return search(everything, facts.max_key, edges);
   }
 
-  /// 2048 positions of the CTA are sampled, or all.
-  __device__ int log_rate_of() const { return 32 - __clz((member_share(items, team_) - 1) >> 11); }
+  /// 2048 positions of the CTA are sampled, or all, or one in eight.
+  __device__ int log_rate_of() const {
+    const int log_rate = 32 - __clz((member_share(items, team_) - 1) >> 11);
+    return log_rate < 3 ? log_rate : 3;
+  }
 
   /// Leaves in memory where the sample takes the thresholds to be.
   __device__ __forceinline__ void guess_ranges(key_facts facts, sample_edges edges, bool everything) {
     const int log_rate = log_rate_of();
-    count_sample(edges, range, forced, log_rate, each_words_, keys_, memory_->sample);
+    count_sample(edges, range, forced, log_rate, keys_, memory_->sample);
     team_.sync_own();
     if (team_.size() > 1) {
       std::uint32_t count = 0;
@@ -125,10 +134,10 @@ class select_row : group_part {
 #pragma unroll 1
     for (;;) {
       memory_ = settled(memory_);
-      keys_ = settled(keys_);
+      keys_.base = settled(keys_.base);
       kept_ = forced_words();
       select_row_threshold threshold(team_, memory_, mass_, max_key, by);
-      const std::uint64_t inside = sweep(guess, threshold.bins_of(guess));
+      const bits inside = sweep(guess, threshold.bins_of(guess));
       const auto for_each = [&](auto visit) { each_doubt(inside, visit); };
       if (threshold.find(guess, top_p, limit, forced.head + (items - forced.tail), for_each, [&] { store_kept(); })) {
         if (resolve(inside, by, everything)) return true;
@@ -147,28 +156,13 @@ class select_row : group_part {
   }
 
   /// Adds to the kept what the threshold keeps of the keys in doubt. False if the other threshold is the higher.
-  __device__ __forceinline__ bool resolve(std::uint64_t inside, chosen_by by, bool everything) {
+  __device__ __forceinline__ bool resolve(const bits& inside, chosen_by by, bool everything) {
     const row_verdict verdict = memory_->verdict;
     if (verdict.total > limit) return false;
     start_ = verdict.start;
     count_ = verdict.total;
-    std::uint64_t mine = 0;
-    if (verdict.ties == row_verdict::all_ties && memory_->doubtful_count <= doubt_room) {
-      mine = keep_listed(verdict.key);
-    } else {
-      const std::uint64_t sure = kept_;
-      std::uint64_t equal = 0;
-#pragma unroll 1
-      for (std::uint64_t left = inside; left != 0; left &= left - 1) {
-        const std::uint64_t bit = left & (0 - left);
-        const std::uint32_t key = key_at(left);
-        if (key > verdict.key) kept_ |= bit;
-        if (key == verdict.key) equal |= bit;
-      }
-      keep_ties(equal, verdict.ties);
-#pragma unroll 1
-      for (std::uint64_t left = kept_ & ~sure; left != 0; left &= left - 1) mine += mass_(key_at(left));
-    }
+    const bool listed = verdict.ties == row_verdict::all_ties && memory_->doubtful_count <= doubt_room;
+    const std::uint64_t mine = listed ? keep_listed(verdict.key) : keep_inside(inside, verdict);
     if (by == chosen_by::mass || (everything && launch_.out.mass.empty())) {
       if (by == chosen_by::count) status |= selection_capped;
       return true;
@@ -182,39 +176,37 @@ class select_row : group_part {
 
   /// visit(key) for the CTA's keys in doubt, `inside` of them this thread's; some thread visits each.
   template <class Visit>
-  __device__ __forceinline__ void each_doubt(std::uint64_t inside, Visit visit) const {
+  __device__ __forceinline__ void each_doubt(const bits& inside, Visit visit) const {
     const std::uint32_t count = memory_->doubtful_count;
     if (count > doubt_room) {
-#pragma unroll 1
-      for (std::uint64_t left = inside; left != 0; left &= left - 1) visit(key_at(left));
+      inside.each([&](std::int32_t bit) { visit(own_key(bit)); });
       return;
     }
 #pragma unroll 1
     for (std::uint32_t i = static_cast<std::uint32_t>(team_.thread()); i < count; i += select_threads)
-      visit(keys_[place(memory_->doubtful[i])]);
+      visit(keys_.key(memory_->doubtful[i]));
   }
 
   /// Lists the CTA's keys in doubt, which lie unevenly with its threads.
-  __device__ __forceinline__ void list_doubts(std::uint64_t inside) {
-    const std::int32_t mine = __popcll(static_cast<long long>(inside));
+  __device__ __forceinline__ void list_doubts(const bits& inside) {
+    const std::int32_t mine = inside.count();
     const std::int32_t end = warp_prefix(mine);
     std::uint32_t at = 0;
     if (team_.lane() == 31 && end > 0) at = atomicAdd(&memory_->doubtful_count, static_cast<std::uint32_t>(end));
     at = __shfl_sync(~0u, at, 31) + static_cast<std::uint32_t>(end - mine);
-    const auto list = [&](std::uint32_t bits, std::int32_t before) {
-#pragma unroll 1
-      for (; bits != 0 && at < doubt_room; bits &= bits - 1, ++at)
-        memory_->doubtful[at] = static_cast<std::uint16_t>(before + __ffs(static_cast<int>(bits)));
-    };
-    list(static_cast<std::uint32_t>(inside), first_word() * 32 - 1);
-    list(static_cast<std::uint32_t>(inside >> 32), first_word() * 32 + 31);
+    inside.each([&](std::int32_t bit) {
+      if (at < doubt_room) memory_->doubtful[at] = static_cast<std::uint16_t>(first_word() * 32 + bit);
+      ++at;
+    });
     __syncthreads();
   }
 
   /// Stores what the thread keeps without doubt, for keep_listed().
   __device__ __forceinline__ void store_kept() {
-    memory_->words[first_word()] = static_cast<std::uint32_t>(kept_);
-    if (each_words_ > 1) memory_->words[first_word() + 1] = static_cast<std::uint32_t>(kept_ >> 32);
+#pragma unroll
+    for (int i = 0; i < most_words; ++i) {
+      if (i < each_words()) memory_->words[first_word() + i] = kept_.words[i];
+    }
   }
 
   /// Keeps the listed keys from `least` on; returns the mass of those this thread has met.
@@ -225,14 +217,45 @@ class select_row : group_part {
     for (std::uint32_t i = static_cast<std::uint32_t>(team_.thread()); i < memory_->doubtful_count;
          i += select_threads) {
       const std::uint32_t position = memory_->doubtful[i];
-      const std::uint32_t key = keys_[place(static_cast<std::int32_t>(position))];
+      const std::uint32_t key = keys_.key(static_cast<std::int32_t>(position));
       if (key < least) continue;
       atomicOr(&words[position / 32], 1u << (position % 32));
       mass += mass_(key);
     }
     __syncthreads();
-    kept_ = words[first_word()];
-    if (each_words_ > 1) kept_ |= std::uint64_t{words[first_word() + 1]} << 32;
+#pragma unroll
+    for (int i = 0; i < most_words; ++i) kept_.words[i] = i < each_words() ? words[first_word() + i] : 0;
+    return mass;
+  }
+
+  /// Keeps of this thread's keys in doubt those above the threshold and its share of those on it; returns their mass.
+  __device__ __forceinline__ std::uint64_t keep_inside(const bits& inside, row_verdict verdict) {
+    bits equal;
+    std::uint64_t mass = 0;
+#pragma unroll
+    for (int i = 0; i < most_words; ++i) {
+#pragma unroll 1
+      for (std::uint32_t left = inside.words[i]; left != 0; left &= left - 1) {
+        const std::uint32_t key = own_key(i * 32 + __ffs(static_cast<int>(left)) - 1);
+        if (key == verdict.key) equal.words[i] |= left & (0 - left);
+        if (key <= verdict.key) continue;
+        kept_.words[i] |= left & (0 - left);
+        mass += mass_(key);
+      }
+    }
+    std::int32_t ties = verdict.ties;
+    if (ties != row_verdict::all_ties) {
+      std::int32_t all;
+      ties -= block_prefix(equal.count(), memory_->warp_counts[0], all);
+    }
+#pragma unroll
+    for (int i = 0; i < most_words; ++i) {
+#pragma unroll 1
+      for (std::uint32_t left = equal.words[i]; ties > 0 && left != 0; left &= left - 1, --ties) {
+        kept_.words[i] |= left & (0 - left);
+        mass += mass_(verdict.key);
+      }
+    }
     return mass;
   }
 
@@ -258,10 +281,10 @@ class select_row : group_part {
   }
 
   /// Finds the CTA's place in a list of what its threads have united.
-  __device__ __forceinline__ void place_union(std::uint64_t united) {
+  __device__ __forceinline__ void place_union(const bits& united) {
     team_.sync_own();  // peers have read what the last row told
     const std::uint32_t kept =
-        __reduce_add_sync(~0u, static_cast<std::uint32_t>(__popcll(static_cast<long long>(united))));
+        __reduce_add_sync(~0u, static_cast<std::uint32_t>(united.count()));
     if (team_.lane() == 0) memory_->warp_kept[team_.warp()] = kept;
     __syncthreads();
     tell_masses();
@@ -274,25 +297,24 @@ class select_row : group_part {
     }
   }
 
-  __device__ std::int32_t place(std::int32_t i) const { return place_of(i, each_words_); }
-  __device__ std::int32_t first_word() const { return team_.thread() * each_words_; }
-  __device__ std::uint32_t key_at(std::uint64_t bit) const {
-    return keys_[place(first_word() * 32 + __ffsll(static_cast<long long>(bit)) - 1)];
-  }
+  __device__ int each_words() const { return 1 << keys_.log_words; }
+  __device__ std::int32_t first_word() const { return team_.thread() << keys_.log_words; }
+  __device__ std::uint32_t own_key(std::int32_t bit) const { return keys_.key(first_word() * 32 + bit); }
 
   /// The thread's words, of bits: the forced positions, and all. Few threads have any that are not plain.
-  __device__ std::uint64_t forced_words() const {
+  __device__ bits forced_words() const {
+    bits words;
     const std::int32_t first = range.first + first_word() * 32;
-    if (first >= forced.head && first + each_words_ * 32 <= forced.tail) return 0;
-    std::uint64_t words = forced_bits(first_word());
-    if (each_words_ > 1) words |= std::uint64_t{forced_bits(first_word() + 1)} << 32;
+    if (first >= forced.head && first + each_words() * 32 <= forced.tail) return words;
+#pragma unroll
+    for (int i = 0; i < most_words; ++i) words.words[i] = i < each_words() ? forced_bits(first_word() + i) : 0;
     return words;
   }
-  __device__ std::uint64_t whole_words() const {
-    const std::int32_t left = range.last - range.first - first_word() * 32;
-    if (left >= 64) return each_words_ > 1 ? ~std::uint64_t{0} : 0xffffffffu;
-    std::uint64_t words = bits_below(left);
-    if (each_words_ > 1) words |= std::uint64_t{bits_below(left - 32)} << 32;
+  __device__ bits whole_words() const {
+    bits words;
+#pragma unroll
+    for (int i = 0; i < most_words; ++i)
+      words.words[i] = i < each_words() ? bits_below(range.last - range.first - (first_word() + i) * 32) : 0;
     return words;
   }
 
@@ -302,7 +324,7 @@ class select_row : group_part {
     const auto add = [&](std::int32_t first, std::int32_t last) {
 #pragma unroll 1
       for (std::int32_t item = first + team_.thread(); item < last; item += select_threads) {
-        const std::uint32_t key = keys_[place(item - range.first)];
+        const std::uint32_t key = keys_.key(item - range.first);
         if (key < high) mass += mass_(key);
       }
     };
@@ -314,44 +336,46 @@ class select_row : group_part {
   /// Splits a word of keys by the range, and adds their masses: all, and those above.
   __device__ __forceinline__ void split_word(std::int32_t word, key_range guess, split_masses& all,
                                              split_masses& above, std::uint32_t& heavy, std::uint32_t& inside) const {
+    using weights = typename row_keys<T>::weights;
+    constexpr int group = row_keys<T>::group;
     std::uint32_t not_below = 0;
-    const std::int32_t first = place(word * 32);
+    const std::int32_t first = keys_.place_of(word * 32);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const uint4 four = *reinterpret_cast<const uint4*>(keys_ + (first ^ (i * 4)));
-      const std::uint32_t key[4] = {four.x, four.y, four.z, four.w};
+    for (int i = 0; i < 32; i += group) {
+      const weights part = *reinterpret_cast<const weights*>(keys_.base + (first ^ i));
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const split_mass mass(__uint_as_float(key[j]), mass_.scale);
+      for (int j = 0; j < group; ++j) {
+        const std::uint32_t key = row_keys<T>::key_of(part.x[j]);
+        const split_mass mass(__uint_as_float(key), mass_.scale);
         all.add(mass);
-        above.add_if(key[j] >= guess.high, mass, heavy, 1u << (i * 4 + j));
-        if (key[j] >= guess.low) not_below |= 1u << (i * 4 + j);
+        above.add_if(key >= guess.high, mass, heavy, 1u << (i + j));
+        if (key >= guess.low) not_below |= 1u << (i + j);
       }
     }
     inside = not_below & ~heavy;
   }
 
   /// Adds the keys above the range to the kept and returns those inside it, counted; tells every CTA this one's masses.
-  __device__ __forceinline__ std::uint64_t sweep(key_range guess, const doubt_bins& bins) {
+  __device__ __forceinline__ bits sweep(key_range guess, const doubt_bins& bins) {
     split_masses all, above;
-    std::uint64_t inside = 0;
-    std::uint64_t heavy = 0;
+    bits inside, heavy;
     std::int32_t words = range.words - first_word();
-    words = words > each_words_ ? each_words_ : words > 0 ? words : 0;
+    words = words > each_words() ? each_words() : words > 0 ? words : 0;
 #pragma unroll 1
     for (std::int32_t word = 0; word < words; ++word) {
       std::uint32_t heavy_bits = 0;
       std::uint32_t inside_bits = 0;
       split_word(first_word() + word, guess, all, above, heavy_bits, inside_bits);
-      heavy |= std::uint64_t{heavy_bits} << (word * 32);
-      inside |= std::uint64_t{inside_bits} << (word * 32);
+      heavy.set(word, heavy_bits);
+      inside.set(word, inside_bits);
     }
     const std::uint64_t forced_too = team_.warp_sum(forced_mass(guess.high));
-    inside &= whole_words() & ~kept_;  // by count a key of 0 is a key
+    const bits whole = whole_words();
+#pragma unroll
+    for (int i = 0; i < most_words; ++i) inside.words[i] &= whole.words[i] & ~kept_.words[i];  // 0 is a key, by count
     kept_ |= heavy;
-    const member_masses mine{all.of_warp(words * 32),
-                             forced_too + above.of_warp(__popcll(static_cast<long long>(heavy)))};
-    const std::uint32_t kept = __reduce_add_sync(~0u, static_cast<std::uint32_t>(__popcll(static_cast<long long>(kept_))));
+    const member_masses mine{all.of_warp(words * 32), forced_too + above.of_warp(heavy.count())};
+    const std::uint32_t kept = __reduce_add_sync(~0u, static_cast<std::uint32_t>(kept_.count()));
     if (team_.lane() == 0) {
       memory_->warp_masses[team_.warp()] = mine;
       memory_->warp_kept[team_.warp()] = kept;
@@ -384,28 +408,16 @@ class select_row : group_part {
     team_.sync_own();
   }
 
-  /// Of the row's keys on the threshold this CTA keeps the first `ties`.
-  __device__ __forceinline__ void keep_ties(std::uint64_t equal, std::int32_t ties) {
-    if (ties == row_verdict::all_ties) {
-      kept_ |= equal;
-      return;
-    }
-    std::int32_t all;
-    std::int32_t before = block_prefix(__popcll(static_cast<long long>(equal)), memory_->warp_counts[0], all);
-#pragma unroll 1
-    for (; before < ties && equal != 0; ++before, equal &= equal - 1) kept_ |= equal & (0 - equal);
-  }
-
   /// Writes the CTA's part of the list; the first CTA writes what belongs to the whole.
-  __device__ __forceinline__ bool emit_list(std::ptrdiff_t group, std::uint64_t kept, std::int32_t start,
+  __device__ __forceinline__ bool emit_list(std::ptrdiff_t group, const bits& kept, std::int32_t start,
                                             std::int32_t total) {
     team_.part();
     std::int32_t count;
-    const std::int32_t at = block_prefix(__popcll(static_cast<long long>(kept)), memory_->warp_counts[1], count);
+    const std::int32_t at = block_prefix(kept.count(), memory_->warp_counts[1], count);
     const auto& positions = launch_.out.positions;
     std::int32_t* to = positions.data() + group * positions.stride(0) + start * positions.stride(1);
-    const item_range whole = count == range.last - range.first ? range : item_range{};
-    write_list(kept, range.first + first_word() * 32, at, count, whole, keys_, to, positions.stride(1));
+    write_list(kept, first_word() * 32, at, count, range, reinterpret_cast<std::uint16_t*>(keys_.base), to,
+               positions.stride(1));
     if (team_.rank() == 0) report(group, total);
     team_.await_peers();
     return true;
@@ -424,11 +436,10 @@ class select_row : group_part {
   const select_launch<T>& launch_;
   select_team& team_;
   select_row_memory* memory_;
-  std::uint32_t* keys_;
-  int each_words_;  // of a thread: 1 or 2
+  row_keys<T> keys_;
   int turn_ = 0;
   row_mass mass_{};
-  std::uint64_t kept_ = 0;         // of the thread's words, and
+  bits kept_;                      // of the thread's words, and
   std::int32_t start_ = 0;         // where the CTA's part of the list starts, and
   std::int32_t count_ = 0;         // the whole list's length: of the last row
 };

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "../selection.hpp"
+#include "select_row_memory.cuh"
 #include "select_search.cuh"
 #include "select_team.cuh"
 
@@ -12,19 +13,19 @@ namespace specattn::inline v0_1::detail {
 
 /// Stores to shared memory, if so: one predicated instruction, where the compiler would branch around what the value
 /// takes.
-__device__ __forceinline__ void store_if(bool so, std::uint32_t* to, std::uint32_t value) {
+__device__ __forceinline__ void store_if(bool so, std::uint16_t* to, std::uint32_t value) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("{\n.reg .pred so;\nsetp.ne.u32 so, %0, 0;\n@so st.shared.u32 [%1], %2;\n}" ::"r"(
+  asm volatile("{\n.reg .pred so;\nsetp.ne.u32 so, %0, 0;\n@so st.shared.u16 [%1], %2;\n}" ::"r"(
                    static_cast<std::uint32_t>(so)),
-               "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(to))), "r"(value)
+               "r"(static_cast<std::uint32_t>(__cvta_generic_to_shared(to))), "h"(static_cast<std::uint16_t>(value))
                : "memory");
 #else
-  if (so) *to = value;
+  if (so) *to = static_cast<std::uint16_t>(value);
 #endif
 }
 
 /// Stores `from` plus the number of each bit of a word, in order; four at a time, since to find one takes long.
-__device__ __forceinline__ void list_bits(std::uint32_t bits, std::uint32_t from, std::uint32_t* to) {
+__device__ __forceinline__ void list_bits(std::uint32_t bits, std::uint32_t from, std::uint16_t* to) {
   constexpr int together = 4;
 #pragma unroll 1
   for (; bits != 0; to += together) {
@@ -40,27 +41,30 @@ __device__ __forceinline__ void list_bits(std::uint32_t bits, std::uint32_t from
   }
 }
 
-/// Writes to `to` the positions of the CTA's bits, `count` of them, `at` before this thread's, whose two words begin at
-/// `first`. They are staged, so that memory is written in whole lines; unless they are all of `whole`.
-__device__ __forceinline__ void write_list(std::uint64_t bits, std::int32_t first, std::int32_t at,
-                                           std::int32_t count, item_range whole, std::uint32_t* staged,
+/// Writes to `to` the positions of the CTA's bits, `count` of them, `at` before this thread's. They are staged, as they
+/// count from the CTA's first, so that memory is written in whole lines; unless they are all of the range.
+template <int Words>
+__device__ __forceinline__ void write_list(const own_bits<Words>& kept, std::int32_t first, std::int32_t at,
+                                           std::int32_t count, item_range range, std::uint16_t* staged,
                                            std::int32_t* to, std::ptrdiff_t stride) {
   const std::ptrdiff_t step = select_threads * stride;
   to += select_team::thread() * stride;
-  if (whole.last > whole.first) {
+  if (count == range.last - range.first) {
 #pragma unroll 1
-    for (std::int32_t i = whole.first + select_team::thread(); i < whole.last; i += select_threads, to += step)
+    for (std::int32_t i = range.first + select_team::thread(); i < range.last; i += select_threads, to += step)
       *to = i;
     return;
   }
-  std::uint32_t* next = staged + at;
-  const auto low = static_cast<std::uint32_t>(bits);
-  list_bits(low, static_cast<std::uint32_t>(first), next);
-  list_bits(static_cast<std::uint32_t>(bits >> 32), static_cast<std::uint32_t>(first) + 32, next + __popc(low));
+  std::uint16_t* next = staged + at;
+#pragma unroll
+  for (int i = 0; i < Words; ++i) {
+    list_bits(kept.words[i], static_cast<std::uint32_t>(first + i * 32), next);
+    next += __popc(kept.words[i]);
+  }
   __syncthreads();
 #pragma unroll 4
   for (std::int32_t i = select_team::thread(); i < count; i += select_threads, to += step)
-    *to = static_cast<std::int32_t>(staged[i]);
+    *to = range.first + staged[i];
 }
 
 /// Writes the padding behind a list of `count`.

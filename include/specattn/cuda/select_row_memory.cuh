@@ -10,7 +10,10 @@ namespace specattn::inline v0_1::detail {
 
 inline constexpr int sample_bins = 256;
 inline constexpr std::uint32_t doubt_room =
-    1408;  // keys in doubt of a CTA: a few in a hundred of 2^14, eight of flat rows
+    2688;  // keys in doubt of a CTA: a few in a hundred, eight of 2^15 of flat rows
+
+inline constexpr int row_most_words = 4;  ///< of a thread
+inline constexpr std::int32_t row_most_share = row_most_words * 32 * select_threads;  ///< positions of a CTA
 
 /// What a choice goes by: a share of the mass, or, where a cap bites, the number of positions.
 enum class chosen_by { mass, count };
@@ -64,16 +67,17 @@ struct split_masses {
 #endif
   }
 
-  /// The warp's mass, where this thread has added `count` weights, 64 at most.
+  /// The warp's mass, where this thread has added `count` weights, 128 at most.
   __device__ std::uint64_t of_warp(int count) const {
     const auto n = static_cast<std::uint32_t>(count);
     const std::uint32_t mine =
-        parts[0] - n * __float_as_uint(split_mass::upper);  // below 2^27; a warp's sum may be 2^32
+        parts[0] - n * __float_as_uint(split_mass::upper);  // below 2^28; a warp's sum may be 2^33
     const std::uint64_t high =
         (std::uint64_t{__reduce_add_sync(~0u, mine >> 16)} << 16) + __reduce_add_sync(~0u, mine & 0xffffu);
-    const auto rest =
-        static_cast<std::int32_t>(__reduce_add_sync(~0u, parts[1] - n * __float_as_uint(split_mass::lower)));
-    return (high << 20) + static_cast<std::uint64_t>(std::int64_t{rest});
+    const std::uint32_t rests = parts[1] - n * __float_as_uint(split_mass::lower) + (1u << 26);  // up to 2^26 either way
+    const std::uint64_t rest = (std::uint64_t{__reduce_add_sync(~0u, rests >> 16)} << 16) +
+                               __reduce_add_sync(~0u, rests & 0xffffu) - (std::uint64_t{32} << 26);
+    return (high << 20) + rest;
   }
 };
 
@@ -112,14 +116,19 @@ struct row_verdict {
 /// The shared memory of one CTA, keys aside. A CTA writes its own alone; what others need of it they read.
 struct select_row_memory {
   std::uint32_t sample[sample_bins + 1];  ///< how many sampled weights lie in a bin; the last takes what is none
-  uint2 counts[select_threads];       ///< of the keys in doubt: see doubt_bins
   union {
-    std::uint32_t all_sampled[sample_bins];  ///< the cluster's sample,
-    std::uint64_t masses_of[select_threads];  ///< then its keys in doubt,
-    std::uint32_t words[2 * select_threads];  ///< then the kept positions of this CTA
+    struct {
+      uint2 counts[select_threads];  ///< of the keys in doubt: see doubt_bins
+      union {
+        std::uint32_t all_sampled[sample_bins];   ///< the cluster's sample,
+        std::uint64_t masses_of[select_threads];  ///< then the masses of its keys in doubt, by bins
+      };
+    };
+    std::uint32_t words[row_most_words * select_threads];  ///< in the end the kept positions of this CTA
   };
   std::uint16_t doubtful[doubt_room];  ///< the CTA's positions of the keys in doubt, if there is room
   std::uint32_t doubtful_count;
+  std::uint32_t overfull;  ///< not 0: a bin of the keys in doubt has more than it can count
   key_range guess[2];                                          ///< by mass, and by count
   uint2 warps[select_warps];
   key_facts facts[2];  ///< of two rows
@@ -142,7 +151,38 @@ struct select_row_memory {
   /// For another search of the same row.
   __device__ void clear_search(int thread) {
     counts[thread] = {0, 0};
-    if (thread == 0) doubtful_count = 0;
+    if (thread == 0) doubtful_count = overfull = 0;
+  }
+};
+
+/// A thread's words of bits.
+template <int Words>
+struct own_bits {
+  std::uint32_t words[Words] = {};
+
+  /// words[word] = bits, of words that stay in registers.
+  __device__ __forceinline__ void set(std::int32_t word, std::uint32_t bits) {
+#pragma unroll
+    for (int i = 0; i < Words; ++i) words[i] = i == word ? bits : words[i];
+  }
+  __device__ __forceinline__ std::int32_t count() const {
+    std::int32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < Words; ++i) sum += __popc(words[i]);
+    return sum;
+  }
+  __device__ __forceinline__ void operator|=(const own_bits& other) {
+#pragma unroll
+    for (int i = 0; i < Words; ++i) words[i] |= other.words[i];
+  }
+  /// visit(number), from the lowest.
+  template <class Visit>
+  __device__ __forceinline__ void each(Visit visit) const {
+#pragma unroll
+    for (int i = 0; i < Words; ++i) {
+#pragma unroll 1
+      for (std::uint32_t left = words[i]; left != 0; left &= left - 1) visit(i * 32 + __ffs(static_cast<int>(left)) - 1);
+    }
   }
 };
 

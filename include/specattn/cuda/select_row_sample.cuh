@@ -35,26 +35,32 @@ struct sample_edges {
 };
 
 /// Counts the CTA's sample: one of every 2^log_rate positions that are not forced.
+template <storage T>
 __device__ __forceinline__ void count_sample(sample_edges edges, item_range range, forced_items forced, int log_rate,
-                                             int each_words, const std::uint32_t* keys, std::uint32_t* counts) {
-  constexpr int each = 8;
+                                             row_keys<T> keys, std::uint32_t* counts) {
+  constexpr std::uint32_t each = 8;  // in flight
   const int thread = select_team::thread();
   // Not every n-th position, which lie in few of the banks.
   const std::int32_t first = (thread << log_rate) + (thread / 4 & ((1 << log_rate) - 1));
   const std::int32_t begin = forced.head > range.first ? forced.head : range.first;
   const std::int32_t end = forced.tail < range.last ? forced.tail : range.last;
-  const std::int32_t free = end > begin ? end - begin : 0;
-  const auto from_begin = static_cast<std::uint32_t>(range.first + first - begin);
-  const auto step = static_cast<std::uint32_t>(select_threads) << log_rate;
-  const std::uint32_t* from = keys + place_of(first, each_words);
-  std::uint32_t bin[each];
+  const auto free = static_cast<std::uint32_t>(end > begin ? end - begin : 0);
+  auto from_begin = static_cast<std::uint32_t>(range.first + first - begin);
+  const std::uint32_t step = static_cast<std::uint32_t>(select_threads) << log_rate;
+  const T* from = keys.base + keys.place_of(first);  // steps of 256, 512 or 1024 and more: see place_of()
+#pragma unroll 1
+  for (std::int32_t left = range.last - range.first; left > 0; left -= static_cast<std::int32_t>(each * step)) {
+    std::uint32_t bin[each];
 #pragma unroll
-  for (std::uint32_t i = 0; i < each; ++i) {
-    const bool counts_too = from_begin + i * step < static_cast<std::uint32_t>(free);
-    bin[i] = counts_too ? edges.bin_of(from[i * step]) : sample_bins;
+    for (std::uint32_t i = 0; i < each; ++i) {
+      const bool counts_too = from_begin + i * step < free;
+      bin[i] = counts_too ? edges.bin_of(row_keys<T>::key_of(from[i * step])) : sample_bins;
+    }
+#pragma unroll
+    for (std::uint32_t i = 0; i < each; ++i) atomicAdd(&counts[bin[i]], 1u);
+    from += each * step;
+    from_begin += each * step;
   }
-#pragma unroll
-  for (int i = 0; i < each; ++i) atomicAdd(&counts[bin[i]], 1u);
 }
 
 /// The cluster's sample, eight bins a lane; for one warp. The same in every CTA, to the bit.

@@ -22,7 +22,7 @@ struct doubt_bins {
   std::uint32_t linear_exponent;  ///< keys of this exponent and more have exact masses
   chosen_by by;
 
-  /// \pre the range is less than 2^26 wide: the sums over a CTA's 2^14 keys then fit 32 bits; the row is not lifted
+  /// \pre the range is less than 2^26 wide; the row is not lifted
   __device__ static doubt_bins of(key_range range, row_mass mass, std::uint32_t max_key, chosen_by by) {
     const int shift = 32 - __clz(static_cast<int>(range.width() / (select_threads - 1)));
     const std::uint32_t linear_exponent = by == chosen_by::mass ? (max_key >> 23) - 17 : 0;
@@ -53,6 +53,10 @@ struct doubt_bins {
       sum = {0, 0};
     }
   };
+  /// Whether so many keys may be more than a bin of one CTA can sum, as they may where many tie in a wide range.
+  __device__ bool is_overfull(std::uint32_t bin, std::uint32_t first) const {
+    return first > 1u << (32 - shift) && shift > 0 && keys(bin).low >> 23 >= linear_exponent;
+  }
   /// The bin's mass; by count, how many keys it has.
   __device__ std::uint64_t mass_of(std::uint32_t bin, std::uint64_t first, std::uint64_t second) const {
     if (by == chosen_by::count) return first;
@@ -127,6 +131,7 @@ class select_row_threshold {
     std::uint64_t second = 0;
     team_.each_peer([&](int peer) {
       const uint2 part = team_.at_peer(memory_->counts, peer)[team_.thread()];
+      if (bins.is_overfull(static_cast<std::uint32_t>(team_.thread()), part.x)) atomicOr(&memory_->overfull, 1u);
       first += part.x;
       second += part.y;
     });
@@ -199,7 +204,7 @@ class select_row_threshold {
       const key_range keys = bins_of(range).keys(static_cast<std::uint32_t>(holder * each) + bin);
       memory_->found.keys = {keys.low > range.low ? keys.low : range.low, keys.high < range.high ? keys.high : range.high};
       memory_->found.need = need_ - (above + before);
-      memory_->found.hit = holders != 0;
+      memory_->found.hit = holders != 0 && memory_->overfull == 0;
       memory_->doubts = no_doubts;
     }
     __syncwarp();
