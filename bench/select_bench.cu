@@ -14,23 +14,18 @@
 
 #include "cuda_harness.cuh"
 #include "peers/select_peers.cuh"
-#include "select_rows.cuh"
-#include "specattn/cpu/select.hpp"
+#include "select_cells.cuh"
 
 namespace {
 
 using bench::row_kind;
 using device = specattn::cuda;  // ::cuda is the toolkit's
+using device_rows = bench::device_rows<float>;
+using checked_rows = bench::checked_rows<float>;
 
 constexpr float top_p = 0.95f;
 
-struct cell {
-  std::ptrdiff_t rows;
-  std::ptrdiff_t length;
-  double goal_us;  ///< 0: none
-  std::ptrdiff_t group_rows = 1;
-  std::ptrdiff_t groups() const { return rows / group_rows; }
-};
+using bench::cell;
 constexpr cell table[] = {{8, 2048, 0},      {8, 8192, 9},      {8, 32768, 12},     {8, 131072, 18},
                           {64, 32768, 13},   {256, 2048, 0},    {256, 8192, 13},    {256, 32768, 25},
                           {256, 131072, 75}, {1024, 32768, 70}, {1024, 131072, 260}};
@@ -43,6 +38,7 @@ struct rule_case {
   cell where;
   specattn::selection_rule rule;
   row_kind kind = row_kind::softmax;
+  bool in_fp16 = false;
 };
 std::vector<rule_case> rule_cases() {
   std::vector<rule_case> cases;
@@ -61,77 +57,20 @@ std::vector<rule_case> rule_cases() {
     add("mean of 4 rows", where, [](auto& rule) { rule.rows = specattn::combine::mean; });
     add("max of 4 rows", where, [](auto& rule) { rule.rows = specattn::combine::max; });
   }
-  for (const cell& where : {cell{2048, 32768, 0}, cell{8192, 8192, 0}}) {
-    add("flat rows, p = 0.33", where, [](auto& rule) { rule.top_p = 0.33f; });
-    cases.back().kind = row_kind::flat;
+  const auto add_flat = [&](const char* name, const cell& where, row_kind kind, float p, bool in_fp16) {
+    add(name, where, [&](auto& rule) { rule.top_p = p; });
+    cases.back().kind = kind;
+    cases.back().in_fp16 = in_fp16;
+  };
+  for (const cell& where : {cell{2048, 32768, 0}, cell{8192, 8192, 0}})
+    add_flat("flat rows, p = 0.33", where, row_kind::flat, 0.33f, false);
+  for (const cell& where : {cell{1024, 32768, 0}, cell{2048, 32768, 0}, cell{8192, 8192, 0}, cell{256, 131072, 0}}) {
+    add_flat("fp16, flat rows of 16 heads, p = 0.33", where, row_kind::flat_16, 0.33f, true);
+    add_flat("fp16, flat rows of 128, p = 0.28", where, row_kind::flat_128, 0.28f, true);
   }
   add("pages of 16", {256, 32768, 0}, [](auto& rule) { rule.page_size = 16; });
   add("bisection", {256, 32768, 0}, [](auto& rule) { rule.method = specattn::threshold_method::bisection; });
   return cases;
-}
-
-struct device_rows {
-  specattn::buffer<float, device> weights;
-  specattn::selection<device> lists;
-  device_rows(const cell& c, row_kind kind, std::uint32_t seed, const bench::file_rows& real,
-              const float* real_weights, cudaStream_t stream)
-      : weights(static_cast<std::size_t>(c.rows * c.length)), lists(c.groups(), c.length) {
-    bench::fill_rows<<<static_cast<unsigned>(c.rows), 256, 0, stream>>>(
-        weights.data(), static_cast<std::int32_t>(c.length), kind, seed, real_weights, real.rows);
-    bench::check(cudaGetLastError());
-  }
-  void select(specattn::context<device>& ctx, const cell& c, const specattn::selection_rule& rule) {
-    specattn::importance<float, device> from;
-    from.weights = weights.shaped({c.groups(), c.group_rows, c.length});
-    auto out = lists.view();
-    out.mass = {};
-    specattn::select(ctx, from, rule, out);
-  }
-};
-
-/// Eight groups or fewer, evenly spaced, on the host: they are what gets compared.
-struct checked_rows {
-  std::vector<std::ptrdiff_t> which;
-  std::vector<float> weights;  ///< [which, group_rows, length]
-
-  checked_rows(const device_rows& got, const cell& c) {
-    const std::ptrdiff_t count = (std::min)(c.groups(), std::ptrdiff_t{8});
-    const std::ptrdiff_t each = c.group_rows * c.length;
-    weights.resize(static_cast<std::size_t>(count * each));
-    for (std::ptrdiff_t i = 0; i < count; ++i) {
-      which.push_back(i * (c.groups() - 1) / (std::max)(count - 1, std::ptrdiff_t{1}));
-      bench::check(cudaMemcpy(weights.data() + i * each, got.weights.data() + which.back() * each,
-                              static_cast<std::size_t>(each) * sizeof(float), cudaMemcpyDeviceToHost));
-    }
-  }
-};
-
-/// Our lists against the CPU's. Returns the share of positions kept, of all groups.
-double validated(const device_rows& got, const cell& c, checked_rows& rows, const specattn::selection_rule& rule) {
-  const auto checked = static_cast<std::ptrdiff_t>(rows.which.size());
-  const auto lists = got.lists.view();
-  std::vector<std::int32_t> counts(static_cast<std::size_t>(c.groups()));
-  bench::check(cudaMemcpy(counts.data(), lists.counts.data(), counts.size() * 4, cudaMemcpyDeviceToHost));
-  specattn::context<specattn::cpu> ctx;
-  specattn::selection<specattn::cpu> want(checked, c.length);
-  specattn::importance<float> from;
-  from.weights = {rows.weights.data(), {checked, c.group_rows, c.length}};
-  ctx.reserve_workspace(specattn::select_workspace_bytes(ctx, checked, c.group_rows, c.length, rule));
-  specattn::select(ctx, from, rule, want.view());
-  for (std::ptrdiff_t i = 0; i < checked; ++i) {
-    const std::ptrdiff_t row = rows.which[static_cast<std::size_t>(i)];
-    const std::int32_t count = want.view().counts[i];
-    std::vector<std::int32_t> positions(static_cast<std::size_t>(count));
-    bench::check(
-        cudaMemcpy(positions.data(), &lists.positions(row, 0), positions.size() * 4, cudaMemcpyDeviceToHost));
-    if (counts[static_cast<std::size_t>(row)] != count ||
-        std::memcmp(&want.view().positions(i, 0), positions.data(), positions.size() * 4) != 0) {
-      std::fprintf(stderr, "group %td of %td x %td: %d positions, the CPU keeps %d or others\n", row, c.groups(),
-                   c.length, counts[static_cast<std::size_t>(row)], count);
-      std::exit(1);
-    }
-  }
-  return std::accumulate(counts.begin(), counts.end(), 0.0) / static_cast<double>(c.groups() * c.length);
 }
 
 /// Whether a peer kept the heaviest positions of a row, and enough of them and no more: to 1e-4 of the mass, and with
@@ -204,7 +143,13 @@ class select_bench {
     std::printf(
         "\n| rule | groups | rows | length | kept %% | cold us | warm us | MB | GB/s cold | of copy |\n"
         "|---|---|---|---|---|---|---|---|---|---|\n");
-    for (const rule_case& each : rule_cases()) measure_rule(each);
+    for (const rule_case& each : rule_cases()) {
+      if (each.in_fp16) {
+        measure_rule<specattn::fp16>(each);
+      } else {
+        measure_rule<float>(each);
+      }
+    }
   }
   void run_kinds(const cell& where) {
     for (const row_kind kind : made_kinds) measure(where, kind, false);
@@ -222,34 +167,38 @@ class select_bench {
   }
 
  private:
-  using rows_set = std::vector<std::unique_ptr<device_rows>>;
+  template <specattn::storage T>
+  using sets_of = std::vector<std::unique_ptr<bench::device_rows<T>>>;
+  using rows_set = sets_of<float>;
 
   /// Rows that are together beyond the L2.
-  rows_set make_rows(const cell& c, row_kind kind) {
-    const double bytes = 4.0 * static_cast<double>(c.rows * c.length);
+  template <specattn::storage T = float>
+  sets_of<T> make_rows(const cell& c, row_kind kind) {
+    const double bytes = static_cast<double>(sizeof(T)) * static_cast<double>(c.rows * c.length);
     const int sets = smoke_ ? 1 : static_cast<int>((std::min)(640.0, 2.0 + 160e6 / bytes));
-    rows_set data;
+    sets_of<T> data;
     for (int i = 0; i < sets; ++i) {
-      data.push_back(std::make_unique<device_rows>(c, kind, 77u + static_cast<std::uint32_t>(i), real_,
-                                                   real_weights_.data(), ctx_.stream()));
+      data.push_back(std::make_unique<bench::device_rows<T>>(c, kind, 77u + static_cast<std::uint32_t>(i), real_,
+                                                             real_weights_.data(), ctx_.stream()));
     }
     return data;
   }
 
+  template <specattn::storage T>
   void measure_rule(const rule_case& each) {
     const cell& c = each.where;
-    const rows_set data = make_rows(c, each.kind);
+    const auto data = make_rows<T>(c, each.kind);
     ctx_.reserve_workspace(specattn::select_workspace_bytes(ctx_, c.groups(), c.group_rows, c.length, each.rule));
-    checked_rows rows(*data[0], c);
+    bench::checked_rows<T> rows(*data[0], c);
     data[0]->select(ctx_, c, each.rule);
     bench::check(cudaStreamSynchronize(ctx_.stream()));
-    const double kept = validated(*data[0], c, rows, each.rule);
+    const double kept = bench::validated(*data[0], c, rows, each.rule);
     if (smoke_) return;
     const auto sets = static_cast<int>(data.size());
-    const double bytes = 4.0 * static_cast<double>(c.rows * c.length);
+    const double bytes = static_cast<double>(sizeof(T)) * static_cast<double>(c.rows * c.length);
     const timing took =
         timed(sets, bytes, true, [&](int i) { data[static_cast<std::size_t>(i)]->select(ctx_, c, each.rule); });
-    const double moved = bytes + kept * bytes / static_cast<double>(c.group_rows);
+    const double moved = bytes + 4.0 * kept * static_cast<double>(c.groups() * c.length);
     std::printf("| %s | %td | %td | %td | %.1f | %.1f | %.1f | %.1f | %.0f | %.0f %% |\n", each.name, c.groups(),
                 c.group_rows, c.length, 100 * kept, took.cold_us, took.warm_us, moved * 1e-6,
                 moved * 1e-3 / took.cold_us, 100 * moved * 1e-3 / took.cold_us / copy_);
@@ -269,7 +218,7 @@ class select_bench {
       rule.top_p = p;
       data[0]->select(ctx_, c, rule);
       bench::check(cudaStreamSynchronize(ctx_.stream()));
-      now.kept = validated(*data[0], c, rows, rule);
+      now.kept = bench::validated(*data[0], c, rows, rule);
       if (smoke_) continue;
       now.ours = timed(sets, bytes, true, [&](int i) { data[static_cast<std::size_t>(i)]->select(ctx_, c, rule); });
       if (in_table) print_ours(now, p, bytes);

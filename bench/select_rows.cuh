@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cuda_harness.cuh"
+#include "specattn/scalar.hpp"
 
 namespace bench {
 
@@ -24,7 +25,8 @@ enum class row_kind {
   real,       ///< attention rows from a file
 };
 inline const char* name_of(row_kind kind) {
-  constexpr const char* names[] = {"softmax", "uniform", "one-hot", "all equal", "heavy ties", "flat", "flat, 16", "flat, 128", "real"};
+  constexpr const char* names[] = {"softmax", "uniform",  "one-hot",   "all equal", "heavy ties",
+                                   "flat",    "flat, 16", "flat, 128", "real"};
   return names[static_cast<int>(kind)];
 }
 
@@ -85,27 +87,25 @@ __device__ inline float unscaled_weight(row_kind kind, std::uint64_t i, std::int
 
 /// A CTA of 256 for each row. `from`: what row_kind::real takes its rows from, in steps of 97 so that few
 /// of them are of many layers and heads.
-static __global__ void fill_rows(float* rows, std::int32_t length, row_kind kind, std::uint32_t seed,
-                                 const float* from, std::int64_t from_rows) {
+template <specattn::storage T>
+__global__ void fill_rows(T* rows, std::int32_t length, row_kind kind, std::uint32_t seed, const float* from,
+                          std::int64_t from_rows) {
   __shared__ double sums[256];
   const std::int64_t first = blockIdx.x * std::int64_t{length};
+  const auto weight = [&](std::int32_t j) {
+    return kind == row_kind::real ? from[blockIdx.x * std::int64_t{97} % from_rows * length + j]
+                                  : unscaled_weight(kind, static_cast<std::uint64_t>(first + j), length, seed);
+  };
   double sum = 0;
-  for (std::int32_t j = static_cast<std::int32_t>(threadIdx.x); j < length; j += 256) {
-    const float weight = kind == row_kind::real
-                             ? from[blockIdx.x * std::int64_t{97} % from_rows * length + j]
-                             : unscaled_weight(kind, static_cast<std::uint64_t>(first + j), length, seed);
-    rows[first + j] = weight;
-    sum += weight;
-  }
+  for (std::int32_t j = static_cast<std::int32_t>(threadIdx.x); j < length; j += 256) sum += weight(j);
   sums[threadIdx.x] = sum;
   for (int half = 128; half > 0; half /= 2) {
     __syncthreads();
     if (threadIdx.x < half) sums[threadIdx.x] += sums[threadIdx.x + half];
   }
   __syncthreads();
-  for (std::int32_t j = static_cast<std::int32_t>(threadIdx.x); j < length; j += 256) {
-    rows[first + j] = static_cast<float>(rows[first + j] / sums[0]);
-  }
+  for (std::int32_t j = static_cast<std::int32_t>(threadIdx.x); j < length; j += 256)
+    rows[first + j] = specattn::from_float<T>(static_cast<float>(weight(j) / sums[0]));
 }
 
 }  // namespace bench

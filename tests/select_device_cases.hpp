@@ -40,8 +40,7 @@ void fill_flat(problem<T>& p, std::mt19937& random) {
   std::vector<T> near;
   for (int i = 0; i < 4096; ++i) {
     float sum = 0.0f;
-    for (int head = 0; head < 24; ++head)
-      sum += std::exp(static_cast<float>(random() % 65536u) / 16384.0f - 2.0f);
+    for (int head = 0; head < 24; ++head) sum += std::exp(static_cast<float>(random() % 65536u) / 16384.0f - 2.0f);
     near.push_back(specattn::from_float<T>(sum / (40.0f * static_cast<float>(p.kv_len))));
   }
   for (T& weight : p.memory) weight = near[random() % 4096u];

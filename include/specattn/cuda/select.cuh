@@ -105,7 +105,8 @@ struct select_impl<cuda> {
     if (combined && holds_scores(ctx, kv_len, rule)) {
       const int cluster = cluster_for_scores(ctx, groups, kv_len);
       const auto share = static_cast<std::size_t>(member_share(kv_len, cluster));
-      return start(ctx, select_combined_kernel<T>, groups, cluster, share * sizeof(std::uint64_t) + share / 4, launch);
+      return start(ctx, select_combined_kernel<T>, groups, cluster, share * sizeof(std::uint64_t) + share / 4,
+                   launch);
     }
     launch.group_bytes = select_scratch_view{}.lay_out(nullptr, kv_len, combined, rule.page_size > 1);
     launch.workspace = ctx.workspace(static_cast<std::size_t>(groups) * launch.group_bytes, "select");

@@ -283,8 +283,7 @@ class select_row : group_part {
   /// Finds the CTA's place in a list of what its threads have united.
   __device__ __forceinline__ void place_union(const bits& united) {
     team_.sync_own();  // peers have read what the last row told
-    const std::uint32_t kept =
-        __reduce_add_sync(~0u, static_cast<std::uint32_t>(united.count()));
+    const std::uint32_t kept = __reduce_add_sync(~0u, static_cast<std::uint32_t>(united.count()));
     if (team_.lane() == 0) memory_->warp_kept[team_.warp()] = kept;
     __syncthreads();
     tell_masses();
@@ -439,9 +438,9 @@ class select_row : group_part {
   row_keys<T> keys_;
   int turn_ = 0;
   row_mass mass_{};
-  bits kept_;                      // of the thread's words, and
-  std::int32_t start_ = 0;         // where the CTA's part of the list starts, and
-  std::int32_t count_ = 0;         // the whole list's length: of the last row
+  bits kept_;               // of the thread's words, and
+  std::int32_t start_ = 0;  // where the CTA's part of the list starts, and
+  std::int32_t count_ = 0;  // the whole list's length: of the last row
 };
 
 }  // namespace specattn::inline v0_1::detail

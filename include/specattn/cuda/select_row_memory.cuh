@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../scalar.hpp"
 #include "../select_math.hpp"
 #include "select_team.cuh"
 
@@ -12,7 +13,7 @@ inline constexpr int sample_bins = 256;
 inline constexpr std::uint32_t doubt_room =
     2688;  // keys in doubt of a CTA: a few in a hundred, eight of 2^15 of flat rows
 
-inline constexpr int row_most_words = 4;  ///< of a thread
+inline constexpr int row_most_words = 4;                                              ///< of a thread
 inline constexpr std::int32_t row_most_share = row_most_words * 32 * select_threads;  ///< positions of a CTA
 
 /// What a choice goes by: a share of the mass, or, where a cap bites, the number of positions.
@@ -29,6 +30,25 @@ struct key_range {
 struct alignas(8) key_facts {
   std::uint32_t max_key;
   float sum;
+};
+
+/// How a row lies in a CTA's shared memory: as it came, 16 bytes of neighbours (a group) after the other, but permuted
+/// so that threads that read their words meet no bank conflict. A thread has 2^log_words of the words.
+template <storage T>
+struct row_keys {
+  static constexpr int group = 16 / static_cast<int>(sizeof(T));
+  static constexpr int most_words = sizeof(T) == 2 ? 4 : 2;  ///< of a thread
+  struct alignas(16) weights {
+    T x[group];
+  };
+
+  T* base;
+  int log_words;
+
+  /// i + 1024 n lies 1024 n behind i: where a thread has few words, even shorter steps keep their length.
+  __device__ std::int32_t place_of(std::int32_t i) const { return i ^ ((i >> (5 + log_words) & 7) * group); }
+  __device__ static std::uint32_t key_of(T weight) { return __float_as_uint(to_float(weight)); }
+  __device__ std::uint32_t key(std::int32_t i) const { return key_of(base[place_of(i)]); }
 };
 
 /// The mass of a weight in two parts, of which only sums of integers are taken: rounded to a multiple of 2^20 by one
@@ -74,7 +94,8 @@ struct split_masses {
         parts[0] - n * __float_as_uint(split_mass::upper);  // below 2^28; a warp's sum may be 2^33
     const std::uint64_t high =
         (std::uint64_t{__reduce_add_sync(~0u, mine >> 16)} << 16) + __reduce_add_sync(~0u, mine & 0xffffu);
-    const std::uint32_t rests = parts[1] - n * __float_as_uint(split_mass::lower) + (1u << 26);  // up to 2^26 either way
+    const std::uint32_t rests =
+        parts[1] - n * __float_as_uint(split_mass::lower) + (1u << 26);  // up to 2^26 either way
     const std::uint64_t rest = (std::uint64_t{__reduce_add_sync(~0u, rests >> 16)} << 16) +
                                __reduce_add_sync(~0u, rests & 0xffffu) - (std::uint64_t{32} << 26);
     return (high << 20) + rest;
@@ -129,11 +150,11 @@ struct select_row_memory {
   std::uint16_t doubtful[doubt_room];  ///< the CTA's positions of the keys in doubt, if there is room
   std::uint32_t doubtful_count;
   std::uint32_t overfull;  ///< not 0: a bin of the keys in doubt has more than it can count
-  key_range guess[2];                                          ///< by mass, and by count
+  key_range guess[2];      ///< by mass, and by count
   uint2 warps[select_warps];
   key_facts facts[2];  ///< of two rows
   member_masses warp_masses[select_warps], masses;
-  std::uint64_t doubt_mass;                                   ///< kept of the keys in doubt
+  std::uint64_t doubt_mass;                     ///< kept of the keys in doubt
   std::uint32_t warp_kept[select_warps], kept;  ///< how many are kept without doubt
   member_doubts doubts;
   std::uint32_t nearest[32];
@@ -181,7 +202,8 @@ struct own_bits {
 #pragma unroll
     for (int i = 0; i < Words; ++i) {
 #pragma unroll 1
-      for (std::uint32_t left = words[i]; left != 0; left &= left - 1) visit(i * 32 + __ffs(static_cast<int>(left)) - 1);
+      for (std::uint32_t left = words[i]; left != 0; left &= left - 1)
+        visit(i * 32 + __ffs(static_cast<int>(left)) - 1);
     }
   }
 };

@@ -12,25 +12,6 @@
 
 namespace specattn::inline v0_1::detail {
 
-/// How a row lies in a CTA's shared memory: as it came, 16 bytes of neighbours (a group) after the other, but permuted
-/// so that threads that read their words meet no bank conflict. A thread has 2^log_words of the words.
-template <storage T>
-struct row_keys {
-  static constexpr int group = 16 / static_cast<int>(sizeof(T));
-  static constexpr int most_words = sizeof(T) == 2 ? 4 : 2;  ///< of a thread
-  struct alignas(16) weights {
-    T x[group];
-  };
-
-  T* base;
-  int log_words;
-
-  /// i + 1024 n lies 1024 n behind i: where a thread has few words, even shorter steps keep their length.
-  __device__ std::int32_t place_of(std::int32_t i) const { return i ^ ((i >> (5 + log_words) & 7) * group); }
-  __device__ static std::uint32_t key_of(T weight) { return __float_as_uint(to_float(weight)); }
-  __device__ std::uint32_t key(std::int32_t i) const { return key_of(base[place_of(i)]); }
-};
-
 __device__ __forceinline__ std::uint32_t larger(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
   return __vimax3_u32(a, b, c);
 }
@@ -56,7 +37,8 @@ __device__ __forceinline__ void await_copies() {
 /// Reads the CTA's part of the row, zeros to the end of its last word. Weights that are not valid have larger keys than
 /// any that are.
 template <storage T>
-__device__ __forceinline__ key_facts read_row(const T* row, std::ptrdiff_t stride, item_range range, row_keys<T> keys) {
+__device__ __forceinline__ key_facts read_row(const T* row, std::ptrdiff_t stride, item_range range,
+                                              row_keys<T> keys) {
   using weights = typename row_keys<T>::weights;
   constexpr int group = row_keys<T>::group;
   constexpr int step = select_threads * group;

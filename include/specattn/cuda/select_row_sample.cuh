@@ -6,7 +6,7 @@
 
 #include "../select_math.hpp"
 #include "select_row_memory.cuh"
-#include "select_row_read.cuh"
+#include "select_search.cuh"
 #include "select_team.cuh"
 
 namespace specattn::inline v0_1::detail {
@@ -94,7 +94,8 @@ class select_row_sample {
     const std::uint32_t middle = key_at(tail);
     const float each = counting ? 1.0f - tail / items : __uint_as_float(middle);
     const float variance = (rate_ - 1.0f) * each * tail;
-    const float margin = (variance > 0.0f ? 3.0f * variance * rsqrtf(variance) : 0.0f) + tail * 0x1p-8f + (counting ? 1.0f : 0.0f);
+    const float margin =
+        (variance > 0.0f ? 3.0f * variance * rsqrtf(variance) : 0.0f) + tail * 0x1p-8f + (counting ? 1.0f : 0.0f);
     key_range range{key_at(tail - margin), key_at(tail + margin)};
     if (rate_ == 1.0f) range = edges_.around(range, 2);  // the bins are known, but not how keys lie in them
     ++range.high;

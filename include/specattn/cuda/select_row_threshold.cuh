@@ -115,7 +115,8 @@ class select_row_threshold {
         if (doubts > 0) found = least == largest ? all_equal(least) : find_nearest();
         if (team_.lane() == 0) {
           memory_->total_mass = memory_->found.total;
-          memory_->chosen_mass = memory_->found.target - memory_->found.need + found.mass;  // by count: not yet the mass
+          memory_->chosen_mass =
+              memory_->found.target - memory_->found.need + found.mass;  // by count: not yet the mass
         }
         give_verdict(found);
       }
@@ -202,7 +203,8 @@ class select_row_threshold {
         before = i > 0 ? ends[i > 0 ? i - 1 : 0] : 0;
       }
       const key_range keys = bins_of(range).keys(static_cast<std::uint32_t>(holder * each) + bin);
-      memory_->found.keys = {keys.low > range.low ? keys.low : range.low, keys.high < range.high ? keys.high : range.high};
+      memory_->found.keys = {keys.low > range.low ? keys.low : range.low,
+                             keys.high < range.high ? keys.high : range.high};
       memory_->found.need = need_ - (above + before);
       memory_->found.hit = holders != 0 && memory_->overfull == 0;
       memory_->doubts = no_doubts;
@@ -319,8 +321,7 @@ class select_row_threshold {
     const std::int32_t equal_end = warp_prefix(equal);
     const std::int32_t before = equal_end - equal < ties ? equal_end - equal : ties;
     const std::int32_t mine = (equal_end < ties ? equal_end : ties) - before;
-    const std::int32_t count =
-        real ? static_cast<std::int32_t>(kept_ + theirs_.above + above_) + mine : 0;
+    const std::int32_t count = real ? static_cast<std::int32_t>(kept_ + theirs_.above + above_) + mine : 0;
     const std::int32_t end = warp_prefix(count);
     const std::int32_t total = __shfl_sync(~0u, end, 31);
     if (peer == team_.rank())
@@ -334,9 +335,9 @@ class select_row_threshold {
   chosen_by by_;
   // of the first warp
   std::uint64_t need_ = 0;
-  std::int32_t count_ = 0;  // kept without doubt
-  member_doubts theirs_{};  // of a CTA a lane, as the rest:
-  std::uint32_t kept_ = 0;  // kept without doubt,
+  std::int32_t count_ = 0;               // kept without doubt
+  member_doubts theirs_{};               // of a CTA a lane, as the rest:
+  std::uint32_t kept_ = 0;               // kept without doubt,
   std::uint32_t above_ = 0, equal_ = 0;  // nearest keys, by the threshold
 };
 
