@@ -87,7 +87,7 @@ __device__ void finish_part(const attend_launch<T>& launch, const Tile& tile, co
 }
 
 /// Merges elements from `first` on of a row of q, in the order of the parts; a warp calls. The sums are on their way
-/// while the states are merged.
+/// while the states are merged. Nothing read stays in the L1, where a rehearsal's would be old.
 template <storage T>
 __device__ __forceinline__ void merge_row(const attend_launch<T>& launch, std::int32_t slot, std::int32_t head,
                                           int first, const attend_row_parts& parts, bool write) {
@@ -97,7 +97,9 @@ __device__ __forceinline__ void merge_row(const attend_launch<T>& launch, std::i
   const bool inside = d < pitch;
   const auto row_of = [&](std::int32_t part) { return part_place(parts.first, part) * attend_rows + parts.row; };
   const auto state_of = [&](std::int32_t part) {  // of lane's part in a batch
-    return lane < batch && part < parts.count ? launch.exchange.states[row_of(part)] : attention_state{};
+    if (lane >= batch || part >= parts.count) return attention_state{};
+    const float2 state = __ldcg(reinterpret_cast<const float2*>(launch.exchange.states + row_of(part)));
+    return attention_state{state.x, state.y};
   };
   const attention_state mine = state_of(lane);
   attention_state all = mine;
@@ -112,7 +114,7 @@ __device__ __forceinline__ void merge_row(const attend_launch<T>& launch, std::i
 #pragma unroll
     for (int i = 0; i < batch; ++i) {
       of[i] = {0.0f, 0.0f};
-      if (begin + i < parts.count && inside) of[i] = *reinterpret_cast<const float2*>(from);
+      if (begin + i < parts.count && inside) of[i] = __ldcg(reinterpret_cast<const float2*>(from));
       from += (begin + i == 0 ? 1 : 2) * attend_rows * pitch;
     }
     if (begin == 0) all = merge_lanes<32>(all);
