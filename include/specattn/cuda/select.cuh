@@ -98,7 +98,11 @@ struct select_impl<cuda> {
     const bool cap_may_bite = rule.max_tokens < kv_len || out.capacity() < kv_len;
     const bool combined = rows > 1 && (rule.rows != combine::unite || cap_may_bite || !out.mass.empty());
     if (!combined && is_resident(ctx, kv_len, rule)) {
-      const int cluster = cluster_for(ctx, groups, kv_len, most_share * 4 / static_cast<std::int32_t>(sizeof(T)));
+      const std::int32_t most = most_share * 4 / static_cast<std::int32_t>(sizeof(T));
+      const int cluster = cluster_for(ctx, groups, kv_len, most);
+      const std::ptrdiff_t at_once = ctas_at_once(ctx, member_share(kv_len, cluster), most) / cluster;
+      if (groups > at_once)
+        launch.ahead = at_once / 2;  // half a wave: long enough to arrive, and no more than the L2 holds
       return start(ctx, rows > 1 ? select_rows_kernel<T, true> : select_rows_kernel<T, false>, groups, cluster,
                    shared_bytes(member_share(kv_len, cluster), sizeof(T)), launch);
     }
@@ -148,6 +152,11 @@ struct select_impl<cuda> {
     return cluster;
   }
 
+  /// Three CTAs of a full share fit a Hopper multiprocessor, of half a share four.
+  static std::ptrdiff_t ctas_at_once(const context<cuda>& ctx, std::int32_t share, std::int32_t most) {
+    return std::ptrdiff_t{share > most / 2 ? 3 : 4} * ctx.multiprocessors();
+  }
+
   /// The cluster that should take the least time, the smallest of several: a multiprocessor takes as long for a CTA as
   /// for its share and 2304 more positions, and a wave of CTAs does not end before a lone one would, which takes as long
   /// as for 16384 more. (Fitted to an H100.)
@@ -159,8 +168,8 @@ struct select_impl<cuda> {
       if (share > most) continue;
       const std::ptrdiff_t positions = share > 8192 ? share : 8192;  // fewer pay for no larger cluster
       const std::ptrdiff_t each = (groups * cluster + ctx.multiprocessors() - 1) / ctx.multiprocessors();
-      const std::ptrdiff_t together = share > most / 2 ? 3 : 4;
-      const std::ptrdiff_t time = each * (2304 + positions) + (each + together - 1) / together * (16384 + positions);
+      const std::ptrdiff_t waves = (groups * cluster - 1) / ctas_at_once(ctx, share, most) + 1;
+      const std::ptrdiff_t time = each * (2304 + positions) + waves * (16384 + positions);
       if (best != 0 && time >= least) continue;
       best = cluster;
       least = time;
