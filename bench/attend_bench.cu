@@ -137,11 +137,7 @@ class report {
 }  // namespace
 
 int main(int argc, char** argv) {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::fprintf(stderr, "SKIPPED: no CUDA device\n");
-    return 77;
-  }
+  if (bench::no_device()) return bench::skipped;
   bench::file_rows real;
   if (argc > 2 && std::strcmp(argv[argc - 2], "--real") == 0) {
     real = bench::read_rows(argv[argc - 1]);

@@ -43,14 +43,6 @@ struct attend_row {
   bool listed() const { return share <= 1; }
 };
 
-__device__ float normal(std::uint64_t i, std::uint32_t seed) {
-  std::uint64_t x = (i + 1) * 0x9e3779b97f4a7c15u + seed * 0xd1342543de82ef95u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  x ^= x >> 31;
-  const float u = (static_cast<float>(x >> 40) + 0.5f) * 0x1p-24f;
-  return sqrtf(-2.0f * logf(u)) * cosf(6.2831853f * static_cast<float>(x & 0xffffffu) * 0x1p-24f);
-}
 template <specattn::storage T>
 __global__ void fill_rows(T* to, std::size_t count, std::uint32_t seed) {
   for (std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x; i < count;

@@ -4,6 +4,8 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
 #include <cstdio>
 #include <functional>
 #include <vector>
@@ -15,6 +17,29 @@ namespace bench {
 inline void check(cudaError_t status) { specattn::detail::check_cuda(status, "bench"); }
 
 static __global__ void empty_kernel() {}
+
+/// Says so where there is no device; a program that measures then returns `skipped`.
+inline bool no_device() {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0) return false;
+  std::fprintf(stderr, "SKIPPED: no CUDA device\n");
+  return true;
+}
+inline constexpr int skipped = 77;  // as ctest knows it
+
+/// Random bits, always the same for the same numbers.
+__device__ inline std::uint64_t random_bits(std::uint64_t i, std::uint64_t seed) {
+  std::uint64_t x = (i + 1) * 0x9e3779b97f4a7c15u + seed * 0xd1342543de82ef95u;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+/// A number of N(0, 1).
+__device__ inline float normal(std::uint64_t i, std::uint64_t seed) {
+  const std::uint64_t x = random_bits(i, seed);
+  const float u = (static_cast<float>(x >> 40) + 0.5f) * 0x1p-24f;
+  return sqrtf(-2.0f * logf(u)) * cosf(6.2831853f * static_cast<float>(x & 0xffffffu) * 0x1p-24f);
+}
 
 /// Device times of one operation, in microseconds.
 class device_clock {

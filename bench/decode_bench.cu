@@ -115,11 +115,7 @@ int run(const bench_options& options, const std::string& command) {
     bench::write_report(std::cout, file);
     return 0;
   }
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::fprintf(stderr, "SKIPPED: no CUDA device\n");
-    return 77;
-  }
+  if (bench::no_device()) return bench::skipped;
   cudaStream_t stream;
   bench::check(cudaStreamCreate(&stream));
   specattn::context<device> ctx(stream);

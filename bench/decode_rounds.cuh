@@ -47,10 +47,7 @@ inline mini_llm::model_config config_of(const llama_size& size) {
 static __global__ void fill_elements(bf16* to, std::size_t quarter, std::uint64_t seed) {
   for (std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x; i < quarter;
        i += std::size_t{gridDim.x} * blockDim.x) {
-    std::uint64_t x = (i + 1) * 0x9e3779b97f4a7c15u + seed;
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-    x ^= x >> 31;
+    const std::uint64_t x = random_bits(i, seed);
     alignas(8) bf16 four[4];
     for (int j = 0; j < 4; ++j) {
       const float u = (static_cast<float>(x >> (16 * j) & 0xffffu) + 0.5f) * 0x1p-16f;

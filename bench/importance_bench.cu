@@ -42,13 +42,7 @@ template <class T>
 __global__ void fill_rows(T* rows, std::size_t count, std::int32_t length, std::uint32_t seed) {
   for (std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x; i < count;
        i += std::size_t{gridDim.x} * blockDim.x) {
-    std::uint64_t x = (i + 1) * 0x9e3779b97f4a7c15u + seed;
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-    x ^= x >> 31;
-    const float u = (static_cast<float>(x >> 40) + 0.5f) * 0x1p-24f;
-    const float v = static_cast<float>(x & 0xffffffu) * 0x1p-24f;
-    float logit = 2.5f * sqrtf(-2.0f * logf(u)) * cosf(6.2831853f * v) - 6.0f;
+    float logit = 2.5f * bench::normal(i, seed) - 6.0f;
     const auto position = static_cast<std::int32_t>(i % static_cast<std::size_t>(length));
     if (position < 4) logit += 6.0f;
     if (position >= length - 64) logit += 2.0f;
@@ -304,11 +298,7 @@ void compare_lists(const problem& p, specattn::context<device>& ctx) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::fprintf(stderr, "SKIPPED: no CUDA device\n");
-    return 77;
-  }
+  if (bench::no_device()) return bench::skipped;
   const bool smoke = argc > 1 && std::strcmp(argv[1], "--smoke") == 0;
   cudaStream_t stream;
   bench::check(cudaStreamCreate(&stream));

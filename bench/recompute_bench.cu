@@ -18,17 +18,11 @@ using specattn::bf16;
 
 constexpr std::int32_t q_heads = 32, kv_heads = 8, head_dim = 128, slots = 6;
 
-__device__ float noise(std::uint64_t i, std::uint32_t seed) {  // of variance one
-  std::uint64_t x = (i + 1) * 0x9e3779b97f4a7c15u + seed * 0xd1342543de82ef95u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x ^= x >> 27;
-  return 3.4641f * (static_cast<float>(x >> 40) * 0x1p-24f - 0.5f);
-}
 template <class T>
 __global__ void fill(T* to, std::size_t count, std::uint32_t seed) {
   for (std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x; i < count;
        i += std::size_t{gridDim.x} * blockDim.x)
-    to[i] = specattn::from_float<T>(noise(i, seed));
+    to[i] = specattn::from_float<T>(bench::normal(i, seed));
 }
 
 template <class T>
@@ -182,11 +176,7 @@ void measure(std::int32_t batch, std::int32_t kv_len, double share, specattn::co
 }  // namespace
 
 int main(int argc, char** argv) {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::fprintf(stderr, "SKIPPED: no CUDA device\n");
-    return 77;
-  }
+  if (bench::no_device()) return bench::skipped;
   cudaStream_t stream;
   bench::check(cudaStreamCreate(&stream));
   specattn::context<device> ctx(stream);

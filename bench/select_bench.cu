@@ -305,11 +305,7 @@ class select_bench {
 }  // namespace
 
 int main(int argc, char** argv) {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::fprintf(stderr, "SKIPPED: no CUDA device\n");
-    return 77;
-  }
+  if (bench::no_device()) return bench::skipped;
   std::string real_file;
   if (argc > 2 && std::strcmp(argv[argc - 2], "--real") == 0) {
     real_file = argv[argc - 1];

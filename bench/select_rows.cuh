@@ -53,33 +53,21 @@ inline file_rows read_rows(const std::string& path) {
   return read;
 }
 
-__device__ inline std::uint64_t mixed_bits(std::uint64_t i, std::uint32_t seed) {
-  std::uint64_t x = (i + 1) * 0x9e3779b97f4a7c15u + seed;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  return x ^ (x >> 31);
-}
-__device__ inline float normal_of(std::uint64_t x) {
-  const float u = (static_cast<float>(x >> 40) + 0.5f) * 0x1p-24f;
-  const float v = static_cast<float>(x & 0xffffffu) * 0x1p-24f;
-  return sqrtf(-2.0f * logf(u)) * cosf(6.2831853f * v);
-}
-
 __device__ inline float unscaled_weight(row_kind kind, std::uint64_t i, std::int32_t length, std::uint32_t seed) {
   const auto position = static_cast<std::int32_t>(i % static_cast<std::uint64_t>(length));
   if (kind == row_kind::flat || kind == row_kind::flat_16 || kind == row_kind::flat_128) {
     const int heads = kind == row_kind::flat ? 32 : kind == row_kind::flat_16 ? 16 : 128;
     float sum = 0.0f;
     for (int head = 0; head < heads; ++head)
-      sum += expf(normal_of(mixed_bits(i * static_cast<unsigned>(heads) + static_cast<unsigned>(head), seed)));
+      sum += expf(normal(i * static_cast<unsigned>(heads) + static_cast<unsigned>(head), seed));
     return sum;
   }
-  const std::uint64_t x = mixed_bits(i, seed);
+  const std::uint64_t x = random_bits(i, seed);
   if (kind == row_kind::uniform) return (static_cast<float>(x >> 40) + 0.5f) * 0x1p-24f;
   if (kind == row_kind::one_hot) return position == length / 3 ? 1.0f : 0.0f;
   if (kind == row_kind::all_equal) return 1.0f;
   if (kind == row_kind::heavy_tie) return exp2f(-static_cast<float>(x & 7u));
-  float logit = 2.5f * normal_of(x);
+  float logit = 2.5f * normal(i, seed);
   if (position < 4) logit += 6.0f;
   if (position >= length - 64) logit += 2.0f;
   return expf(logit);

@@ -18,15 +18,6 @@ using specattn::sampler_options;
 
 constexpr std::ptrdiff_t drafted_each = 5;
 
-__device__ float normal(std::uint64_t i, std::uint64_t seed) {
-  std::uint64_t x = (i + 1) * 0x9e3779b97f4a7c15u + seed * 0xd1342543de82ef95u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  x ^= x >> 31;
-  const float u = (static_cast<float>(x >> 40) + 0.5f) * 0x1p-24f, v = static_cast<float>(x & 0xffffffu) * 0x1p-24f;
-  return sqrtf(-2.0f * logf(u)) * cosf(6.2831853f * v);
-}
-
 /// N(0, 2.5) logits with a few likely tokens, as a language model has them. Row r is that of slot r + r / skip_each;
 /// noise makes the draft's of the target's.
 __global__ void fill_logits(float* logits, std::size_t rows, std::size_t vocab, std::size_t skip_each, float noise,
@@ -34,9 +25,9 @@ __global__ void fill_logits(float* logits, std::size_t rows, std::size_t vocab, 
   for (std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x; i < rows * vocab;
        i += std::size_t{gridDim.x} * blockDim.x) {
     const std::size_t row = i / vocab, slot = row + (skip_each > 0 ? row / skip_each : 0), token = i % vocab;
-    float logit = 2.5f * normal(slot * vocab + token, seed);
+    float logit = 2.5f * bench::normal(slot * vocab + token, seed);
     if ((token * 2654435761u + slot * 40503u) % 4001 == 7) logit += 5.0f;
-    logits[i] = logit + (noise > 0.0f ? noise * normal(i, seed + 1) : 0.0f);
+    logits[i] = logit + (noise > 0.0f ? noise * bench::normal(i, seed + 1) : 0.0f);
   }
 }
 
@@ -162,11 +153,7 @@ void measure(const cell& c, specattn::context<device>& ctx, bench::device_clock&
 }  // namespace
 
 int main(int argc, char** argv) {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::fprintf(stderr, "SKIPPED: no CUDA device\n");
-    return 77;
-  }
+  if (bench::no_device()) return bench::skipped;
   const bool smoke = argc > 1 && std::strcmp(argv[1], "--smoke") == 0;
   cudaStream_t stream;
   bench::check(cudaStreamCreate(&stream));

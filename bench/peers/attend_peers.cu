@@ -39,18 +39,10 @@ constexpr row rows[] = {{"dense", reading::dense, 1},
                         {"10 %, one list", reading::one_list, 0.10},
                         {"10 %, a list a head", reading::list_a_head, 0.10}};
 
-__device__ float normal(std::uint64_t i, std::uint32_t seed) {
-  std::uint64_t x = (i + 1) * 0x9e3779b97f4a7c15u + seed * 0xd1342543de82ef95u;
-  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
-  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
-  x ^= x >> 31;
-  const float u = (static_cast<float>(x >> 40) + 0.5f) * 0x1p-24f;
-  return sqrtf(-2.0f * logf(u)) * cosf(6.2831853f * static_cast<float>(x & 0xffffffu) * 0x1p-24f);
-}
 __global__ void fill(bf16* to, std::size_t count, std::uint32_t seed) {
   for (std::size_t i = blockIdx.x * std::size_t{blockDim.x} + threadIdx.x; i < count;
        i += std::size_t{gridDim.x} * blockDim.x)
-    to[i] = specattn::from_float<bf16>(normal(i, seed));
+    to[i] = specattn::from_float<bf16>(bench::normal(i, seed));
 }
 
 /// Where element i of [sequences, slots, q_heads, head_dim] is in [sequences, kv_heads, slots, group_heads, head_dim].
@@ -66,7 +58,7 @@ __global__ void fill_queries(float* q, bf16* rounded, bf16* grouped, std::ptrdif
   const std::ptrdiff_t i = blockIdx.x * std::ptrdiff_t{blockDim.x} + threadIdx.x;
   if (i >= count) return;
   rounded[i] = grouped[by_head(i, slots)] =
-      specattn::from_float<bf16>(2.0f * normal(static_cast<std::uint64_t>(i), 99));
+      specattn::from_float<bf16>(2.0f * bench::normal(static_cast<std::uint64_t>(i), 99));
   q[i] = specattn::to_float(rounded[i]);
 }
 /// worst: the largest difference and the largest result.
@@ -328,11 +320,7 @@ void measure(bench_run& b, const cell& c) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::fprintf(stderr, "SKIPPED: no CUDA device\n");
-    return 77;
-  }
+  if (bench::no_device()) return bench::skipped;
   const bool smoke = argc > 1 && std::strcmp(argv[1], "--smoke") == 0;
   cudaStream_t stream;
   bench::check(cudaStreamCreate(&stream));
