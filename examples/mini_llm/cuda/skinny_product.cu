@@ -99,53 +99,79 @@ __device__ void store_rounded(bf16* to, float4 x) {
   reinterpret_cast<__nv_bfloat162*>(to)[1] = high;
 }
 
-/// Wide rows to shared memory, rounded. Loads of a thread go out together.
-__device__ void take_wide_rows(const skinny_launch& a, bf16* x) {
-  constexpr int batch = 4;
-  const auto inputs = static_cast<std::int32_t>(a.weights.inputs);
-  const std::int32_t each = inputs / 4, items = a.rows * each;
-  for (std::int32_t first = static_cast<std::int32_t>(threadIdx.x); first < items; first += batch * threads) {
-    float4 v[batch];
-#pragma unroll
-    for (int j = 0; j < batch; ++j) {
-      const std::int32_t item = first + j * threads;
-      if (item < items) v[j] = *reinterpret_cast<const float4*>(&a.x.wide(item / each, item % each * 4));
-    }
-#pragma unroll
-    for (int j = 0; j < batch; ++j) {
-      const std::int32_t item = first + j * threads;
-      if (item < items) store_rounded(x + item / each * (inputs + padding) + item % each * 4, v[j]);
-    }
-  }
-}
-
-/// A warp adds up a row's squares, in the order of the lanes whatever rows there are.
+/// A warp adds up a row's squares, in the order of the lanes whatever rows there are. Loads go out together.
 __device__ float scale_of(const skinny_launch& a, std::int32_t row) {
   if (a.x.squares.empty()) return 1.0f;
+  constexpr int batch = 16;
   float sum = 0.0f;
   const auto parts = static_cast<std::int32_t>(a.x.squares.extent(1));
-#pragma unroll 4
-  for (auto i = static_cast<std::int32_t>(threadIdx.x) % 32; i < parts; i += 32) sum += a.x.squares(row, i);
+  for (auto first = static_cast<std::int32_t>(threadIdx.x) % 32; first < parts; first += batch * 32) {
+    float v[batch];
+#pragma unroll
+    for (int j = 0; j < batch; ++j) v[j] = first + j * 32 < parts ? a.x.squares(row, first + j * 32) : 0.0f;
+#pragma unroll
+    for (int j = 0; j < batch; ++j) sum += v[j];
+  }
   for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
   return 1.0f / sqrtf(sum / static_cast<float>(a.weights.inputs) + a.x.eps);
 }
 
-/// x = the rows, and what their sums are to be scaled by.
-__device__ void take_rows(const skinny_launch& a, bf16* x, float* scales) {
-  const auto inputs = static_cast<std::int32_t>(a.weights.inputs);
-  const std::int32_t each = inputs / 8, items = a.rows * each, warp = static_cast<std::int32_t>(threadIdx.x) / 32;
-  const bool wide = a.x.rounded.empty();
-  for (auto item = static_cast<std::int32_t>(threadIdx.x); !wide && item < items; item += threads) {
-    const std::int32_t row = item / each, i = item % each * 8;
-    detail::copy_16_bytes(detail::shared_address(x + row * (inputs + padding) + i), &a.x.rounded(row, i), true);
+/// The rows' inputs that a warp multiplies, in pieces of 16 bytes for each lane: unit after unit, row after row.
+template <int PieceInputs>
+class row_pieces {
+ public:
+  __device__ row_pieces(const skinny_launch& a, std::int32_t units)
+      : rows_(a.rows), end_(units * a.rows * each), warp_(static_cast<std::int32_t>(threadIdx.x) / 32) {}
+  __device__ std::int32_t end() const { return end_; }
+  __device__ std::int32_t row(std::int32_t piece) const { return piece / each % rows_; }
+  __device__ std::int32_t input(std::int32_t piece) const {
+    return (piece / each / rows_ * warps + warp_) * unit + piece % each * PieceInputs;
   }
+
+ private:
+  static constexpr std::int32_t each = unit / PieceInputs;  // of a row and unit
+  std::int32_t rows_, end_, warp_;
+};
+
+/// Wide rows to shared memory, rounded. Loads of a lane go out together.
+__device__ void take_wide_rows(const skinny_launch& a, bf16* x, std::int32_t stride, std::int32_t units) {
+  constexpr int batch = 8;
+  const row_pieces<4> pieces(a, units);
+  for (std::int32_t first = static_cast<std::int32_t>(threadIdx.x) % 32; first < pieces.end(); first += batch * 32) {
+    float4 v[batch];
+#pragma unroll
+    for (int j = 0; j < batch; ++j) {
+      const std::int32_t piece = first + j * 32;
+      if (piece < pieces.end())
+        v[j] = *reinterpret_cast<const float4*>(&a.x.wide(pieces.row(piece), pieces.input(piece)));
+    }
+#pragma unroll
+    for (int j = 0; j < batch; ++j) {
+      const std::int32_t piece = first + j * 32;
+      if (piece < pieces.end()) store_rounded(x + pieces.row(piece) * stride + pieces.input(piece), v[j]);
+    }
+  }
+}
+
+/// x = the rows, of which each warp brings what it multiplies itself and waits for no other; and what their sums are to
+/// be scaled by, which is there when the warps meet.
+__device__ void take_rows(const skinny_launch& a, bf16* x, std::int32_t stride, std::int32_t units, float* scales) {
+  const std::int32_t warp = static_cast<std::int32_t>(threadIdx.x) / 32,
+                     lane = static_cast<std::int32_t>(threadIdx.x) % 32;
+  const bool wide = a.x.rounded.empty();
+  const row_pieces<8> pieces(a, wide ? 0 : units);
+  for (std::int32_t piece = lane; piece < pieces.end(); piece += 32) {
+    const std::int32_t row = pieces.row(piece), input = pieces.input(piece);
+    detail::copy_16_bytes(detail::shared_address(x + row * stride + input), &a.x.rounded(row, input), true);
+  }
+  detail::commit_copies();
+  if (wide) take_wide_rows(a, x, stride, units);
   if (warp < a.rows) {
     const float scale = scale_of(a, warp);
-    if (threadIdx.x % 32 == 0) scales[warp] = scale;
+    if (lane == 0) scales[warp] = scale;
   }
-  if (wide) return take_wide_rows(a, x);
-  detail::commit_copies();
   detail::await_copies<0>();
+  __syncwarp();
 }
 
 /// The sums of Rows × tile by each warp, of the tiles between two meetings.
@@ -160,36 +186,52 @@ __device__ float total(const partial_sums<Rows>& parts, int which, int element) 
   return sum;
 }
 
+/// The result that a thread makes of two tiles, and what it meets there: fetched ahead, while the tiles are multiplied.
+struct own_result {
+  std::int32_t row = 0;
+  std::int32_t output = -1;  // none
+  float before = 0.0f, gain = 0.0f;
+};
+
+template <int Rows>
+__device__ own_result result_of(const skinny_launch& a, std::int32_t first) {
+  constexpr int elements = Rows * tile;
+  const int element = static_cast<int>(threadIdx.x) % elements, which = static_cast<int>(threadIdx.x) / elements;
+  own_result own{.row = element / tile};
+  if (which >= (a.y.active.empty() ? together : 1) || own.row >= a.rows) return own;
+  const std::int32_t of_tile = first_output(a, first + which);
+  if (of_tile < 0 || of_tile + element % tile >= a.weights.outputs) return own;
+  own.output = of_tile + element % tile;
+  if (a.y.add) own.before = a.y.sums(own.row, own.output);
+  if (a.y.next.gain != nullptr) own.gain = a.y.next.gain[own.output];
+  return own;
+}
+
 /// Notes a sum for the product behind. The eight sums of a part lie in eight neighbouring lanes.
-__device__ void prepare_next(const skinny_next& next, std::int32_t row, std::int32_t output, float sum) {
+__device__ void prepare_next(const skinny_next& next, const own_result& own, float sum) {
   static_assert(skinny_part == tile, "a part of the squares is a row of a tile");
-  next.rounded(row, output) = specattn::from_float<bf16>(sum * next.gain[output]);
+  next.rounded(own.row, own.output) = specattn::from_float<bf16>(sum * own.gain);
   const unsigned lanes = 0xffu << (threadIdx.x % 32 / tile * tile);
   float square = sum * sum;
   for (int distance = tile / 2; distance > 0; distance /= 2) square += __shfl_xor_sync(lanes, square, distance);
-  if (output % tile == 0) next.squares(row, output / tile) = square;
+  if (own.output % tile == 0) next.squares(own.row, own.output / tile) = square;
 }
 
-/// A thread makes one result of tiles number `first` on from the warps' parts.
+/// A thread makes its result from the warps' parts.
 template <int Rows>
-__device__ void finish(const skinny_launch& a, std::int32_t first, const partial_sums<Rows>& parts,
+__device__ void finish(const skinny_launch& a, const own_result& own, const partial_sums<Rows>& parts,
                        const float* scales) {
   constexpr int elements = Rows * tile;
+  if (own.output < 0) return;
   const int element = static_cast<int>(threadIdx.x) % elements, which = static_cast<int>(threadIdx.x) / elements;
-  const int row = element / tile, column = element % tile;
-  const bool paired = !a.y.active.empty();
-  if (which >= (paired ? 1 : together) || row >= a.rows) return;
-  const std::int32_t output = first_output(a, first + which);
-  if (output < 0) return;
-  const float sum = total<Rows>(parts, which, element) * scales[row];
-  if (paired) {
-    const float up = total<Rows>(parts, 1, element) * scales[row], active = sum / (1.0f + __expf(-sum)) * up;
-    a.y.active(row, output + column) = specattn::from_float<bf16>(active);
-  } else if (output + column < a.weights.outputs) {
-    float& y = a.y.sums(row, output + column);
-    const float result = a.y.add ? y + sum : sum;
-    y = result;
-    if (a.y.next.gain != nullptr) prepare_next(a.y.next, row, output + column, result);
+  const float sum = total<Rows>(parts, which, element) * scales[own.row];
+  if (!a.y.active.empty()) {
+    const float up = total<Rows>(parts, 1, element) * scales[own.row], active = sum / (1.0f + __expf(-sum)) * up;
+    a.y.active(own.row, own.output) = specattn::from_float<bf16>(active);
+  } else {
+    const float result = own.before + sum;
+    a.y.sums(own.row, own.output) = result;
+    if (a.y.next.gain != nullptr) prepare_next(a.y.next, own, result);
   }
 }
 
@@ -219,15 +261,15 @@ __global__ void __launch_bounds__(threads) skinny_kernel(const __grid_constant__
   weight_stream stream(a, memory, warp, lane);
   detail::launch_dependents();
   for (int i = 0; i < stages - 1; ++i) stream.start_next();
-  detail::wait_for_previous_kernel();
-  take_rows(a, x, scales);
-  __syncthreads();
-  // Rows beyond the last are read from the last: their sums go nowhere.
   const std::int32_t stride = static_cast<std::int32_t>(a.weights.inputs) + padding, last = a.rows - 1;
+  detail::wait_for_previous_kernel();
+  take_rows(a, x, stride, stream.units(), scales);
+  // Rows beyond the last are read from the last: their sums go nowhere.
   const std::int32_t upper = min(lane / 4, last), lower = min(lane / 4 + 8, last);
   const bf16* const mine = x + upper * stride + warp * unit + lane % 4 * 8;
   for (std::int32_t first = 0; first_output(a, first) >= 0; first += together) {
     partial_sums<Rows>& part = parts[first / together % 2];
+    const own_result own = result_of<Rows>(a, first);
     for (int which = 0; which < together && first_output(a, first + which) >= 0; ++which) {
       float sum[4] = {};
       for (std::int32_t i = 0; i < stream.units(); ++i) {
@@ -241,7 +283,7 @@ __global__ void __launch_bounds__(threads) skinny_kernel(const __grid_constant__
       if constexpr (Rows > 8) *reinterpret_cast<float2*>(to + 8 * tile) = {sum[2], sum[3]};
     }
     __syncthreads();
-    finish<Rows>(a, first, part, scales);
+    finish<Rows>(a, own, part, scales);
   }
 }
 
