@@ -107,11 +107,11 @@ class select_row : group_part {
     if (team_.size() > 1) {
       std::uint32_t count = 0;
       team_.each_peer([&](int peer) { count += team_.at_peer(memory_->sample, peer)[team_.thread()]; });
-      memory_->all_sampled[team_.thread()] = count;
+      memory_->bins.all_sampled[team_.thread()] = count;
       __syncthreads();
     }
     if (team_.warp() == 0) {
-      select_row_sample sample(team_.size() > 1 ? memory_->all_sampled : memory_->sample, edges, log_rate);
+      select_row_sample sample(team_.size() > 1 ? memory_->bins.all_sampled : memory_->sample, edges, log_rate);
       const auto all = static_cast<float>(items);
       key_range by_mass{0, 0}, by_count{0, 0};
       if (!everything) by_mass = sample.guess(chosen_by::mass, (1.0f - top_p) * facts.sum, all, facts.max_key);
@@ -387,7 +387,7 @@ class select_row : group_part {
       memory_->warp_kept[team_.warp()] = kept;
     }
     list_doubts(inside);
-    doubt_bins::adder counted{bins, memory_->counts};
+    doubt_bins::adder counted{bins, memory_->bins.counts};
     each_doubt(inside, [&](std::uint32_t key) { counted.add(key); });
     counted.flush();
     tell_masses();

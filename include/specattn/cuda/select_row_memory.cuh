@@ -134,17 +134,20 @@ struct row_verdict {
   std::int32_t total;  ///< length of the list
 };
 
+/// What the bins of the keys in doubt hold: see doubt_bins.
+struct doubt_sums {
+  uint2 counts[select_threads];  ///< this CTA's
+  union {
+    std::uint32_t all_sampled[sample_bins];   ///< before, the cluster's sample,
+    std::uint64_t masses_of[select_threads];  ///< then the masses of its keys in doubt
+  };
+};
+
 /// The shared memory of one CTA, keys aside. A CTA writes its own alone; what others need of it they read.
 struct select_row_memory {
   std::uint32_t sample[sample_bins + 1];  ///< how many sampled weights lie in a bin; the last takes what is none
   union {
-    struct {
-      uint2 counts[select_threads];  ///< of the keys in doubt: see doubt_bins
-      union {
-        std::uint32_t all_sampled[sample_bins];   ///< the cluster's sample,
-        std::uint64_t masses_of[select_threads];  ///< then the masses of its keys in doubt, by bins
-      };
-    };
+    doubt_sums bins;
     std::uint32_t words[row_most_words * select_threads];  ///< in the end the kept positions of this CTA
   };
   std::uint16_t doubtful[doubt_room];  ///< the CTA's positions of the keys in doubt, if there is room
@@ -171,7 +174,7 @@ struct select_row_memory {
   }
   /// For another search of the same row.
   __device__ void clear_search(int thread) {
-    counts[thread] = {0, 0};
+    bins.counts[thread] = {0, 0};
     if (thread == 0) doubtful_count = overfull = 0;
   }
 };

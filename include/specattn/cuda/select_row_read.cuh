@@ -35,7 +35,7 @@ __device__ __forceinline__ void await_copies() {
 }
 
 /// Brings memory into the L2, by one thread.
-__device__ __forceinline__ void bring_closer(const void* from, std::size_t bytes) {
+__device__ __forceinline__ void bring_closer([[maybe_unused]] const void* from, [[maybe_unused]] std::size_t bytes) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   if (reinterpret_cast<std::uintptr_t>(from) % 16 == 0 && bytes >= 16)
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from),

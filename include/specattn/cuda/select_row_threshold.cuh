@@ -131,12 +131,12 @@ class select_row_threshold {
     std::uint64_t first = 0;
     std::uint64_t second = 0;
     team_.each_peer([&](int peer) {
-      const uint2 part = team_.at_peer(memory_->counts, peer)[team_.thread()];
+      const uint2 part = team_.at_peer(memory_->bins.counts, peer)[team_.thread()];
       if (bins.is_overfull(static_cast<std::uint32_t>(team_.thread()), part.x)) atomicOr(&memory_->overfull, 1u);
       first += part.x;
       second += part.y;
     });
-    memory_->masses_of[team_.thread()] = bins.mass_of(static_cast<std::uint32_t>(team_.thread()), first, second);
+    memory_->bins.masses_of[team_.thread()] = bins.mass_of(static_cast<std::uint32_t>(team_.thread()), first, second);
   }
 
   __device__ __forceinline__ void set_target(float top_p, std::int32_t limit) {
@@ -180,7 +180,7 @@ class select_row_threshold {
     std::uint64_t sum = 0;
 #pragma unroll
     for (int i = 0; i < each; ++i) {
-      sum += memory_->masses_of[team_.lane() * each + i];
+      sum += memory_->bins.masses_of[team_.lane() * each + i];
       ends[i] = sum;
     }
     std::uint64_t above = 0;
@@ -244,9 +244,9 @@ class select_row_threshold {
   template <class ForEach>
   __device__ __forceinline__ void count_again(key_range range, ForEach for_each) {
     const auto bins = bins_of(range);
-    memory_->counts[team_.thread()] = {0, 0};
+    memory_->bins.counts[team_.thread()] = {0, 0};
     __syncthreads();
-    doubt_bins::adder counted{bins, memory_->counts};
+    doubt_bins::adder counted{bins, memory_->bins.counts};
     for_each([&](std::uint32_t key) {
       if (range.holds(key)) counted.add(key);
     });
