@@ -1,10 +1,10 @@
 // select() on the device: one launch, a cluster of CTAs for each group.
 //
 // A row is read once, kept in the cluster's shared memory, and chosen from by a sample; a union is such rows one after
-// the other: select_row.cuh. Rows too long for that, rows combined in any other way, capped unions or those whose mass
-// is asked for, pages and the paper's bisection are swept in memory: select_group.cuh. Both count masses in integers,
-// so their lists are the CPU's to the bit. Kept positions become bits, and lists by a scan
-// over the words: ascending without a sort.
+// the other: select_row.cuh. Rows combined in any other way, capped unions or those whose mass is asked for are read once
+// too, their scores kept in shared memory. Rows too long for that, pages and the paper's bisection are swept in memory:
+// select_group.cuh. All count masses in integers, so their lists are the CPU's to the bit. Kept positions become bits,
+// and lists by a scan over the words: ascending without a sort.
 //
 // After FlashInfer's and CUB's radix selections (their key and their one-read residency), with mass in place of counts.
 #pragma once
@@ -100,9 +100,6 @@ struct select_impl<cuda> {
     if (!combined && is_resident(ctx, kv_len, rule)) {
       const std::int32_t most = most_share * 4 / static_cast<std::int32_t>(sizeof(T));
       const int cluster = cluster_for(ctx, groups, kv_len, most);
-      const std::ptrdiff_t at_once = ctas_at_once(ctx, member_share(kv_len, cluster), most) / cluster;
-      if (groups > at_once)
-        launch.ahead = at_once / 2;  // half a wave: long enough to arrive, and no more than the L2 holds
       return start(ctx, rows > 1 ? select_rows_kernel<T, true> : select_rows_kernel<T, false>, groups, cluster,
                    shared_bytes(member_share(kv_len, cluster), sizeof(T)), launch);
     }

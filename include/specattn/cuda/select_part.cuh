@@ -19,7 +19,6 @@ struct select_launch {
   selection_view<cuda> out;
   std::byte* workspace = nullptr;
   std::size_t group_bytes = 0;  ///< of the workspace, a group's part
-  std::ptrdiff_t ahead = 0;     ///< so many groups before it starts, a lone row is brought into the L2; 0: it is not
 };
 
 /// A group's part of the workspace. Rows that fit a cluster's shared memory need none.
@@ -75,7 +74,7 @@ struct group_part {
   template <storage T>
   __device__ __forceinline__ group_part(const select_launch<T>& launch, const select_team& team, std::ptrdiff_t group,
                                         std::int32_t page_size) {
-    const auto& [from, rule, out, workspace, group_bytes, ahead] = launch;
+    const auto& [from, rule, out, workspace, group_bytes] = launch;
     const std::ptrdiff_t extent = from.weights.extent(2);
     const std::int32_t asked = from.kv_lens.empty() ? static_cast<std::int32_t>(extent) : from.kv_lens[group];
     length = clamped_length(asked, extent);

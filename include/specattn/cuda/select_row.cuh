@@ -43,20 +43,14 @@ class select_row : group_part {
     const auto& weights = launch_.from.weights;
     const T* row = weights.data() + group * weights.stride(0);
     if constexpr (!United) {
-      const auto bring_next = [&] {
-        if (launch_.ahead == 0 || team_.thread() != 0 || group + launch_.ahead >= weights.extent(0)) return;
-        if (weights.stride(2) == 1)
-          bring_closer(row + launch_.ahead * weights.stride(0) + range.first,
-                       static_cast<std::size_t>(range.last - range.first) * sizeof(T));
-      };
-      if (!choose(row, weights.stride(2), bring_next)) return false;
+      if (!choose(row, weights.stride(2))) return false;
       return emit_list(group, kept_, start_, count_);
     }
     bits united;
 #pragma unroll 1
     for (std::ptrdiff_t i = 0; i < weights.extent(1); ++i, row += weights.stride(1)) {
       if (i > 0) __syncthreads();  // all have read what they keep of the last row
-      if (!choose(row, weights.stride(2), [] {})) return false;
+      if (!choose(row, weights.stride(2))) return false;
       united |= kept_;
     }
     place_union(united);
@@ -70,11 +64,10 @@ class select_row : group_part {
 
   /// Chooses from a row what the thread keeps of its words, and finds the CTA's place in the list. False where
   /// select_group has to.
-  template <class Meanwhile>
-  __device__ __forceinline__ bool choose(const T* row, std::ptrdiff_t stride, Meanwhile meanwhile) {
+  __device__ __forceinline__ bool choose(const T* row, std::ptrdiff_t stride) {
     const bool everything = asked_by(top_p) == asked::everything;
     memory_->clear(team_.thread());
-    key_facts facts = read_row(row + range.first * stride, stride, range, keys_, meanwhile);
+    key_facts facts = read_row(row + range.first * stride, stride, range, keys_);
     team_.meet();
     facts = exchange_facts(team_, *memory_, turn_, facts);
     turn_ ^= 1;  // peers may be a row ahead

@@ -34,21 +34,11 @@ __device__ __forceinline__ void await_copies() {
 #endif
 }
 
-/// Brings memory into the L2, by one thread.
-__device__ __forceinline__ void bring_closer([[maybe_unused]] const void* from, [[maybe_unused]] std::size_t bytes) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  if (reinterpret_cast<std::uintptr_t>(from) % 16 == 0 && bytes >= 16)
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from),
-                 "r"(static_cast<std::uint32_t>(bytes / 16 * 16))
-                 : "memory");
-#endif
-}
-
-/// Reads the CTA's part of the row, zeros to the end of its last word, and calls `meanwhile` once that is under way.
-/// Weights that are not valid have larger keys than any that are.
-template <storage T, class Meanwhile>
-__device__ __forceinline__ key_facts read_row(const T* row, std::ptrdiff_t stride, item_range range, row_keys<T> keys,
-                                              Meanwhile meanwhile) {
+/// Reads the CTA's part of the row, zeros to the end of its last word. Weights that are not valid have larger keys than
+/// any that are.
+template <storage T>
+__device__ __forceinline__ key_facts read_row(const T* row, std::ptrdiff_t stride, item_range range,
+                                              row_keys<T> keys) {
   using weights = typename row_keys<T>::weights;
   constexpr int group = row_keys<T>::group;
   constexpr int step = select_threads * group;
@@ -75,7 +65,6 @@ __device__ __forceinline__ key_facts read_row(const T* row, std::ptrdiff_t strid
     }
     *reinterpret_cast<weights*>(own + i - thread * group) = part;
   }
-  meanwhile();
   await_copies();
   key_facts facts{0, 0.0f};
 #pragma unroll 4

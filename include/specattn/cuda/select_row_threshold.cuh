@@ -91,6 +91,7 @@ class select_row_threshold {
       __syncthreads();
       if (team_.warp() == 0) {
         if (first) set_target(top_p, limit);
+        __syncwarp();  // one lane has written what another now writes
         if (first && need_ == 0) {
           settle_for(forced_count);
         } else {
