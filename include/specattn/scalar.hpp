@@ -39,6 +39,11 @@ SPECATTN_HD inline float to_float(bf16 x) {
 }
 
 SPECATTN_HD inline float to_float(fp16 x) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+#else
   const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
   const std::uint32_t rest = x.bits & 0x7fffu;
   if (rest >= 0x7c00u) return __builtin_bit_cast(float, sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
@@ -47,6 +52,7 @@ SPECATTN_HD inline float to_float(fp16 x) {
     return __builtin_bit_cast(float, sign | __builtin_bit_cast(std::uint32_t, magnitude));
   }
   return __builtin_bit_cast(float, sign | ((rest << 13) + 0x38000000u));
+#endif
 }
 
 SPECATTN_HD inline float to_float(fp8_e4m3 x) {
