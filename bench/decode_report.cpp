@@ -129,7 +129,8 @@ void write_speeds(std::ostream& out, const cell_file& file, double acceptance) {
 /// What the cost model foretells of each round when it has learnt from all of the pair's.
 void write_cells(std::ostream& out, const cell_file& file) {
   std::map<std::int32_t, specattn::detail::fading_fit<4>> target;
-  std::map<std::int32_t, specattn::detail::fading_fit<2>> draft, guide;
+  std::map<std::int32_t, specattn::detail::fading_fit<3>> draft;
+  std::map<std::int32_t, specattn::detail::fading_fit<2>> guide;
   const auto target_terms = [](const cell& c) -> std::array<double, 4> {
     const double slots = c.batch * (c.draft_length + 1);
     return {1.0, slots, c.target_rows, slots * c.target_rows};
@@ -138,10 +139,18 @@ void write_cells(std::ostream& out, const cell_file& file) {
     const double share = 1.0 / record_every(c.decoding);
     return {share, share * c.batch * c.cached};
   };
+  const auto draft_terms = [](const cell& c) -> std::array<double, 3> {
+    return {static_cast<double>(c.draft_length), static_cast<double>(c.draft_length) * c.batch, c.draft_rows};
+  };
+  // All cells alike, by their relative error.
+  const auto observe = [](auto& fit, auto terms, double milliseconds) {
+    for (double& term : terms) term /= milliseconds;
+    fit.observe(terms, 1.0, 1.0);
+  };
   for (const cell& c : file.cells()) {
-    target[c.pair].observe(target_terms(c), c.verify_ms + c.accept_ms + c.rest_ms());
-    if (c.draft_length > 0) draft[c.pair].observe({static_cast<double>(c.draft_length), c.draft_rows}, c.draft_ms);
-    if (has_guide(c.decoding)) guide[c.pair].observe(guide_terms(c), c.guide_ms);
+    observe(target[c.pair], target_terms(c), c.verify_ms + c.accept_ms + c.rest_ms());
+    if (c.draft_length > 0) observe(draft[c.pair], draft_terms(c), c.draft_ms);
+    if (has_guide(c.decoding)) observe(guide[c.pair], guide_terms(c), c.guide_ms);
   }
   const auto sum = [](const auto& terms, const auto& factors) {
     double total = 0;
@@ -158,9 +167,7 @@ void write_cells(std::ostream& out, const cell_file& file) {
   std::size_t close = 0;
   for (const cell& c : file.cells()) {
     double foretold = sum(target_terms(c), target[c.pair].solve());
-    if (c.draft_length > 0)
-      foretold +=
-          sum(std::array<double, 2>{static_cast<double>(c.draft_length), c.draft_rows}, draft[c.pair].solve());
+    if (c.draft_length > 0) foretold += sum(draft_terms(c), draft[c.pair].solve());
     if (has_guide(c.decoding)) foretold += sum(guide_terms(c), guide[c.pair].solve());
     const double off = foretold / c.round_ms - 1;
     close += std::abs(off) <= 0.1;

@@ -92,14 +92,19 @@ void decode(pretend_device& device, round_planner& planner, int rounds) {
 }  // namespace
 
 TEST_CASE("cost model: bytes alone give the bounds over dense speculation that are known for real pairs") {
-  CHECK(bound_over_dense(llama_2_7b, tiny_llama, 2048, 1, 0.22) == doctest::Approx(1.04).epsilon(0.006));
-  CHECK(bound_over_dense(llama_2_7b, tiny_llama, 8192, 1, 0.22) == doctest::Approx(1.17).epsilon(0.006));
-  CHECK(bound_over_dense(llama_2_7b, tiny_llama, 32768, 1, 0.22) == doctest::Approx(1.57).epsilon(0.006));
+  constexpr double one_dense_step = 0.25 * (1.0 + 3 * 0.22);  // the others read 22 %
+  CHECK(bound_over_dense(llama_2_7b, tiny_llama, 2048, 1, one_dense_step) == doctest::Approx(1.04).epsilon(0.006));
+  CHECK(bound_over_dense(llama_2_7b, tiny_llama, 8192, 1, one_dense_step) == doctest::Approx(1.17).epsilon(0.006));
+  CHECK(bound_over_dense(llama_2_7b, tiny_llama, 32768, 1, one_dense_step) == doctest::Approx(1.57).epsilon(0.006));
   CHECK(bound_over_dense(llama_2_7b, tiny_llama, 32768, 1, 1.0) == doctest::Approx(1.47).epsilon(0.006));
-  CHECK(bound_over_dense(llama_2_7b, tiny_llama, 8192, 8, 0.22) == doctest::Approx(1.96).epsilon(0.006));
-  CHECK(bound_over_dense(llama_3_8b, llama_3_1b, 32768, 8, 0.22) == doctest::Approx(2.00).epsilon(0.006));
+  CHECK(bound_over_dense(llama_2_7b, tiny_llama, 8192, 8, one_dense_step) == doctest::Approx(1.96).epsilon(0.006));
+  CHECK(bound_over_dense(llama_3_8b, llama_3_1b, 32768, 8, one_dense_step) == doctest::Approx(2.00).epsilon(0.006));
   CHECK(bound_over_dense(llama_3_8b, llama_3_1b, 32768, 8, 1.0) == doctest::Approx(1.40).epsilon(0.006));
-  CHECK(bound_over_dense(llama_3_8b, llama_3_1b, 131072, 1, 0.22) == doctest::Approx(1.66).epsilon(0.006));
+  CHECK(bound_over_dense(llama_3_8b, llama_3_1b, 131072, 1, one_dense_step) == doctest::Approx(1.66).epsilon(0.006));
+  // As rounds are recorded: every step sparse, and half of each row once more.
+  constexpr double keys = 0.22 + 0.5 / 4;
+  CHECK(bound_over_dense(llama_3_8b, llama_3_1b, 32768, 8, keys) == doctest::Approx(2.11).epsilon(0.006));
+  CHECK(bound_over_dense(llama_3_8b, llama_3_1b, 131072, 1, keys) == doctest::Approx(1.71).epsilon(0.006));
 }
 
 TEST_CASE("cost model: a round emits one token and the accepted ones before the first rejection") {

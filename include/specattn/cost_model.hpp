@@ -44,7 +44,7 @@ struct round_workload {
   double target_rows = 0;       ///< KV rows of a position: layers × kv_heads
   double draft_rows = 0;        ///< of the draft's
   double kept_share = 1;        ///< in a sparse verify pass
-  double draft_kept_share = 1;  ///< in draft steps after the first; 1: a dense draft
+  double draft_kept_share = 1;  ///< that a draft step reads, with its part of what recording reads; 1: a dense draft
   double acceptance = 0;        ///< chance that a drafted token is accepted where those before it were
 };
 
@@ -67,7 +67,7 @@ inline double round_seconds(const round_cost& cost, const round_workload& work, 
   const double share = setting.sparse ? work.kept_share : 1.0;
   double seconds = cost.target.seconds(slots, work.target_rows * (prefix * share + slots));
   for (std::int32_t step = 0; step < setting.draft_length; ++step) {
-    const double read = prefix * (step == 0 ? 1.0 : work.draft_kept_share);
+    const double read = prefix * work.draft_kept_share;
     seconds += cost.draft.seconds(work.sequences, work.draft_rows * (read + work.sequences));
   }
   return setting.sparse ? seconds + cost.guide + cost.guide_position * prefix : seconds;
@@ -100,8 +100,8 @@ class fading_fit {
  public:
   using vector = std::array<double, N>;
 
-  void observe(const vector& x, double y) {
-    constexpr double fade = 0.98;
+  /// \param fade what is left of the weight of each observation before
+  void observe(const vector& x, double y, double fade = 0.98) {
     for (std::size_t i = 0; i < N; ++i) {
       for (std::size_t j = 0; j < N; ++j) products_[i][j] = fade * products_[i][j] + x[i] * x[j];
       targets_[i] = fade * targets_[i] + x[i] * y;
@@ -200,7 +200,8 @@ class round_planner {
     target_.observe({1.0, slots, rows, slots * rows}, trace.verify_seconds + trace.accept_seconds);
     if (c.proposed > 0) {
       const double steps = static_cast<double>(c.proposed) / static_cast<double>(c.rounds);
-      draft_.observe({steps, static_cast<double>(c.draft_rows_read)}, trace.draft_seconds);
+      draft_.observe({steps, static_cast<double>(c.proposed), static_cast<double>(c.draft_rows_read)},
+                     trace.draft_seconds);
       // Of the drafted tokens that were judged (those behind a rejected one were not), how many were accepted.
       accepted_ = fade * accepted_ + static_cast<double>(c.accepted);
       judged_ = fade * judged_ + static_cast<double>(c.accepted + c.corrected);
@@ -218,7 +219,7 @@ class round_planner {
     const auto target = target_.solve();
     const auto draft = draft_.solve();
     const auto guide = guide_.solve();
-    return {{target[0], target[1], target[2], target[3]}, {draft[0], 0.0, draft[1], 0.0}, guide[0], guide[1]};
+    return {{target[0], target[1], target[2], target[3]}, {draft[0], draft[1], draft[2], 0.0}, guide[0], guide[1]};
   }
   /// The workload of the last choose(), with what was learnt of acceptance and kept shares.
   round_workload workload() const {
@@ -246,7 +247,7 @@ class round_planner {
   std::int32_t turn_ = 0;
   round_workload work_;
   detail::fading_fit<4> target_;
-  detail::fading_fit<2> draft_;
+  detail::fading_fit<3> draft_;
   detail::fading_fit<2> guide_;
   double accepted_ = 0, judged_ = 0;
   double kept_ = 0, kept_of_ = 0;
