@@ -275,7 +275,7 @@ void add_bench_command(CLI::App& app) {
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command.add_flag("--sparse-draft,!--dense-draft", o.pair.decode.sparse_draft,
-                   "draft steps after the first read the draft's own selection");
+                   "draft steps read the draft's own selection, made a round ago");
   command.add_option("-o,--output", o.format, "md, csv or json")->capture_default_str();
   command.callback([options] { run_bench(*options); });
 }

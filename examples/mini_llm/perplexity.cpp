@@ -240,7 +240,7 @@ void add_perplexity_command(CLI::App& app) {
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command.add_flag("--sparse-draft,!--dense-draft", o.pair.decode.sparse_draft,
-                   "draft steps after the first read the draft's own selection");
+                   "draft steps read the draft's own selection, made a round ago");
   command.add_option("--refresh", o.pair.decode.refresh_every, "every n rounds rewrite approximate keys and values")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();

@@ -54,7 +54,7 @@ void add_session_flags(CLI::App& command, session_options& o) {
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
   command.add_flag("--sparse-draft,!--dense-draft", o.decode.sparse_draft,
-                   "draft steps after the first read the draft's own selection");
+                   "draft steps read the draft's own selection, made a round ago");
   command.add_option("--draft-keep", o.decode.draft_rule.top_p, "share that the draft's own selection keeps")
       ->check(CLI::Range(0.0, 1.0))
       ->capture_default_str();
