@@ -226,7 +226,9 @@ class drafter {
     ctx_->parallel_for(shape_.layers * n * heads, [&](std::ptrdiff_t i, int) {
       if (masses_.data()[i] <= 0.0f) return;
       float* row = weights_.data() + i * capacity_;
-      for (std::int32_t j = 0; j < recorded.kv_lens[i / heads % n]; ++j) row[j] /= masses_.data()[i];
+      const float scale = 1.0f / masses_.data()[i];
+      const std::int32_t length = recorded.kv_lens[i / heads % n];
+      for (std::int32_t j = 0; j < length; ++j) row[j] *= scale;
       masses_.data()[i] = 1.0f;
     });
   }

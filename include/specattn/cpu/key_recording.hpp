@@ -9,6 +9,7 @@
 #include "../key_recording.hpp"
 #include "context.hpp"
 #include "key_products.hpp"
+#include "lanes.hpp"
 
 namespace specattn::inline v0_1::detail {
 
@@ -91,18 +92,23 @@ class key_recording_pass {
     const float share = slot < 0 ? 0.0f : mean ? 1.0f / static_cast<float>(a_.q.extent(0)) : 1.0f;
     const float lse = slot < 0 ? 0.0f : a_.lse(step, layer, slot, head);
     float* row = &a_.weights(mean ? 0 : step, layer, s, head, begin);
-    for (int i = 0; i < count; ++i) {
-      const float weight = share * std::exp(scores[i] - lse);
-      row[i] = mean && step > 0 ? row[i] + weight : weight;
+    const bool adds = mean && step > 0;
+    int i = 0;
+    for (; i + lanes::width <= count; i += lanes::width) {
+      const lanes weight = exp_nonpositive(subtract(lanes::load(scores + i), lanes::broadcast(lse)));
+      fmadd(lanes::broadcast(share), weight, adds ? lanes::load(row + i) : lanes::zero()).store(row + i);
     }
+    for (; i < count; ++i) row[i] = share * exp_nonpositive(scores[i] - lse) + (adds ? row[i] : 0.0f);
   }
 
   void add_up(std::ptrdiff_t row, std::ptrdiff_t part, std::ptrdiff_t head) const {
     const std::ptrdiff_t layer = part / sequences(), s = part % sequences();
     const float* weights = &a_.weights(row, layer, s, head, 0);
-    double sum = 0.0;
-    for (std::int32_t i = 0; i < a_.kv_lens[s]; ++i) sum += static_cast<double>(weights[i]);
-    a_.masses(row, layer, s, head) = static_cast<float>(sum);
+    const std::int32_t count = a_.kv_lens[s], whole = count / lanes::width * lanes::width;
+    lanes sum = lanes::zero();
+    for (std::int32_t i = 0; i < whole; i += lanes::width) sum = add(sum, lanes::load(weights + i));
+    if (whole < count) sum = add(sum, load_first(weights + whole, count - whole));
+    a_.masses(row, layer, s, head) = sum_of_lanes(sum);
   }
 
   const key_recording_args<T, cpu>& a_;
