@@ -250,8 +250,8 @@ inline share_rules find_rules(specattn::context<device>& ctx, loaded_pair& model
         decoder.step([](std::int32_t, std::span<const std::int32_t>) { return true; });
       const specattn::decode_counts& counts = decoder.last_round().counts;
       const auto dense = static_cast<double>(counts.draft_rows_dense);
-      const double keys =
-          0.125 * dense;  // that the recording read: half a row of each, where four steps read whole ones
+      // What the recording read: half a row of each position, where four dense steps read whole ones.
+      const double keys = 0.125 * dense;
       const double shares[2] = {static_cast<double>(counts.kv_rows_read) / static_cast<double>(counts.kv_rows_dense),
                                 (static_cast<double>(counts.draft_rows_read) - keys) / dense};
       for (int i = 0; i < 2; ++i) (shares[i] > what.kept ? high : low)[i] = *sides[i];

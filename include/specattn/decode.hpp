@@ -275,7 +275,7 @@ class decoder {
     state.layers = shape_.layers;
     state.kv_heads = shape_.kv_heads;
     state.kept = lists_.of(batch_.size);
-    if (!(reuse_ && needs_.draft_weights)) std::fill_n(&state.kept.counts[0], state.kept.groups(), 0);
+    std::fill_n(&state.kept.counts[0], state.kept.groups(), 0);
     if (drafter_) {
       state.draft_weights = drafter_->weights(batch_.size);
       state.draft_masses = drafter_->masses(batch_.size);

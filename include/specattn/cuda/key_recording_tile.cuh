@@ -16,8 +16,9 @@ namespace specattn::inline v0_1::detail {
 
 inline constexpr int record_chunk = 2048;  ///< positions of a CTA
 inline constexpr int record_plain_threads = 256;
-inline constexpr float most_recorded = 65504.0f;                             ///< of a stored number: the largest fp16
-inline constexpr float no_weight = -std::numeric_limits<float>::infinity();  ///< as a score
+inline constexpr float most_recorded = 65504.0f;  ///< of a stored number: the largest fp16
+inline constexpr float asked_nothing =
+    std::numeric_limits<float>::infinity();  ///< a log-sum-exp that makes no weights
 
 template <storage T>
 struct key_recording_launch {
@@ -180,7 +181,7 @@ class record_tile {
       const split_pair low = split<T>(at(d), at(d + 1)), high = split<T>(at(d + 8), at(d + 9));
       queries_[i] = {low.high, high.high, low.low, high.low};
       if (i / 32 % depths == 0 && i % 4 == 0)
-        bases_[column * 8 + n] = exists ? place_.lse(step, head) * log2_e - log2f(place_.share()) : -no_weight;
+        bases_[column * 8 + n] = exists ? place_.lse(step, head) * log2_e - log2f(place_.share()) : asked_nothing;
     }
   }
 
