@@ -171,14 +171,11 @@ TEST_CASE("attend on the device: a captured graph follows lengths and counts tha
   args.kept = kept.view();
   args.kept_sequence_stride = 2;
   fixture.context().reserve_workspace(specattn::attend_workspace_bytes(fixture.context(), {3, 18, 8, 2, 128, 5006}));
-  cudaGraph_t graph;
-  cudaGraphExec_t ready;
-  check(cudaStreamBeginCapture(fixture.stream(), cudaStreamCaptureModeThreadLocal));
-  check(
-      cudaMemcpyAsync(kv_lens.data(), new_lens.data(), kv_lens.bytes(), cudaMemcpyDeviceToDevice, fixture.stream()));
-  specattn::attend(fixture.context(), args);  // behind a node that is no kernel
-  check(cudaStreamEndCapture(fixture.stream(), &graph));
-  check(cudaGraphInstantiate(&ready, graph, 0));
+  const cuda_fixture::replay captured(fixture, [&] {
+    check(cudaMemcpyAsync(kv_lens.data(), new_lens.data(), kv_lens.bytes(), cudaMemcpyDeviceToDevice,
+                          fixture.stream()));
+    specattn::attend(fixture.context(), args);  // behind a node that is no kernel
+  });
   for (int replay = 0; replay < 12; ++replay) {
     // The slots' own keys and values stay where they are written: behind the longest prefix a shorter one's tail
     // is simply other rows of the text.
@@ -199,12 +196,10 @@ TEST_CASE("attend on the device: a captured graph follows lengths and counts tha
     check(cudaMemcpy(args.kept.positions.data(), positions.data(), positions.size() * 4, cudaMemcpyHostToDevice));
     check(cudaMemcpy(args.kept.counts.data(), counts.data(), counts.size() * 4, cudaMemcpyHostToDevice));
     check(cudaMemcpy(new_lens.data(), now.shape.kv_lens.data(), new_lens.bytes(), cudaMemcpyHostToDevice));
-    check(cudaGraphLaunch(ready, fixture.stream()));
+    captured.launch();
     cpu_fixture cpu(8);
     CHECK(difference(run(cpu, now).out, fixture.download(out)) < attend_fixture::tolerance<bf16>);
   }
-  check(cudaGraphExecDestroy(ready));
-  check(cudaGraphDestroy(graph));
 }
 
 /// Copies numbers when the kernel behind it may long have been placed.

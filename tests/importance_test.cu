@@ -33,23 +33,17 @@ TEST_CASE("importance on the device: a captured graph follows lengths that chang
   resident.reserve(fixture);
   const auto length = fixture.upload(std::vector<std::int32_t>{1});
   resident.args.length = length.shaped({1});
-  cudaGraph_t graph;
-  cudaGraphExec_t ready;
-  specattn::detail::check_cuda(cudaStreamBeginCapture(fixture.stream(), cudaStreamCaptureModeThreadLocal), "test");
-  specattn::mix_importance(fixture.context(), resident.mixture, resident.args);
-  specattn::detail::check_cuda(cudaStreamEndCapture(fixture.stream(), &graph), "test");
-  specattn::detail::check_cuda(cudaGraphInstantiate(&ready, graph, 0), "test");
+  const cuda_fixture::replay captured(
+      fixture, [&] { specattn::mix_importance(fixture.context(), resident.mixture, resident.args); });
   const std::vector<float> clean(resident.out.size(), -7.0f);
   for (const std::int32_t now : {9000, 1, 4097, 0, 127, 8999}) {
     specattn::detail::check_cuda(cudaMemcpy(length.data(), &now, 4, cudaMemcpyHostToDevice), "test");
     specattn::detail::check_cuda(
         cudaMemcpy(resident.out.data(), clean.data(), resident.out.bytes(), cudaMemcpyHostToDevice), "test");
-    specattn::detail::check_cuda(cudaGraphLaunch(ready, fixture.stream()), "test");
+    captured.launch();
     p.lengths = {now};
     check_importance<specattn::cuda>(p, resident.results(fixture));
   }
-  cudaGraphExecDestroy(ready);
-  cudaGraphDestroy(graph);
 }
 
 TEST_CASE("importance on the device: two streams at once, 20 times, give the same bits") {

@@ -39,19 +39,14 @@ TEST_CASE("record_keys on the device: a captured graph follows lengths that chan
   args.weights = weights.shaped({1, 1, 1, 8, 5000});
   args.masses = masses.shaped({1, 1, 1, 8});
   fixture.context().reserve_workspace(specattn::key_recording_workspace_bytes(fixture.context(), 8, 5000));
-  cudaGraph_t graph;
-  cudaGraphExec_t ready;
-  check(cudaStreamBeginCapture(fixture.stream(), cudaStreamCaptureModeThreadLocal));
-  specattn::record_keys(fixture.context(), args);
-  check(cudaStreamEndCapture(fixture.stream(), &graph));
-  check(cudaGraphInstantiate(&ready, graph, 0));
+  const cuda_fixture::replay captured(fixture, [&] { specattn::record_keys(fixture.context(), args); });
   args.weights = plain.shaped({1, 1, 1, 8, 5000});
   args.masses = plain_masses.shaped({1, 1, 1, 8});
   for (const std::int32_t kv_len : {5000, 0, 17, 2048}) {
     for (const auto* to : {&weights, &plain})
       check(cudaMemcpy(to->data(), stale.data(), to->bytes(), cudaMemcpyHostToDevice));
     check(cudaMemcpy(lens.data(), &kv_len, sizeof kv_len, cudaMemcpyHostToDevice));
-    check(cudaGraphLaunch(ready, fixture.stream()));
+    captured.launch();
     specattn::record_keys(fixture.context(), args);
     const auto replayed = fixture.download(weights), called = fixture.download(plain);
     std::int32_t left = 0, differ = 0;
@@ -63,8 +58,6 @@ TEST_CASE("record_keys on the device: a captured graph follows lengths that chan
     CHECK(left == 8 * (5000 - kv_len));
     CHECK(fixture.download(masses) == fixture.download(plain_masses));
   }
-  check(cudaGraphExecDestroy(ready));
-  check(cudaGraphDestroy(graph));
 }
 
 }  // namespace key_testing

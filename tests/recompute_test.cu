@@ -49,25 +49,18 @@ TEST_CASE("recompute on the device: a captured graph follows lengths that change
   args.kv_lens = kv_lens.shaped({1});
   args.lse = lse.shaped({3, 8});
   args.recording.weights = weights.shaped({1, 8, 903});
-  cudaGraph_t graph;
-  cudaGraphExec_t ready;
-  check(cudaStreamBeginCapture(fixture.stream(), cudaStreamCaptureModeThreadLocal));
-  specattn::recompute(fixture.context(), args);
-  check(cudaStreamEndCapture(fixture.stream(), &graph));
-  check(cudaGraphInstantiate(&ready, graph, 0));
+  const cuda_fixture::replay captured(fixture, [&] { specattn::recompute(fixture.context(), args); });
   args.recording.weights = plain.shaped({1, 8, 903});
   for (const std::int32_t kv_len : {900, 0, 17, 512}) {
     for (const auto* to : {&weights, &plain})
       check(cudaMemcpy(to->data(), untouched.data(), to->bytes(), cudaMemcpyHostToDevice));
     check(cudaMemcpy(kv_lens.data(), &kv_len, sizeof kv_len, cudaMemcpyHostToDevice));
-    check(cudaGraphLaunch(ready, fixture.stream()));
+    captured.launch();
     specattn::recompute(fixture.context(), args);
     const auto replayed = fixture.download(weights);
     CHECK(replayed == fixture.download(plain));
     CHECK(std::count(replayed.begin(), replayed.end(), stale) == 8 * (900 - kv_len));
   }
-  check(cudaGraphExecDestroy(ready));
-  check(cudaGraphDestroy(graph));
 }
 
 }  // namespace attend_testing

@@ -90,12 +90,8 @@ TEST_CASE("select on the device: a captured graph follows lengths that change be
   specattn::importance<float, specattn::cuda> from;
   from.weights = weights.shaped({24, 1, 9000});
   from.kv_lens = lengths.shaped({24});
-  cudaGraph_t graph;
-  cudaGraphExec_t ready;
-  specattn::detail::check_cuda(cudaStreamBeginCapture(fixture.stream(), cudaStreamCaptureModeThreadLocal), "test");
-  specattn::select(fixture.context(), from, p.rule, lists.view());
-  specattn::detail::check_cuda(cudaStreamEndCapture(fixture.stream(), &graph), "test");
-  specattn::detail::check_cuda(cudaGraphInstantiate(&ready, graph, 0), "test");
+  const cuda_fixture::replay captured(fixture,
+                                      [&] { specattn::select(fixture.context(), from, p.rule, lists.view()); });
   specattn::selection<specattn::cpu> want(24, 9000);
   specattn::importance<float> host;
   host.weights = {p.memory.data(), {24, 1, 9000}};
@@ -105,7 +101,7 @@ TEST_CASE("select on the device: a captured graph follows lengths that change be
     for (std::int32_t& length : now) length = static_cast<std::int32_t>(random() % 9001);
     specattn::detail::check_cuda(cudaMemcpy(lengths.data(), now.data(), lengths.bytes(), cudaMemcpyHostToDevice),
                                  "test");
-    specattn::detail::check_cuda(cudaGraphLaunch(ready, fixture.stream()), "test");
+    captured.launch();
     specattn::detail::check_cuda(cudaStreamSynchronize(fixture.stream()), "test");
     host.kv_lens = {now.data(), {24}};
     specattn::select(cpu, host, p.rule, want.view());
@@ -122,8 +118,6 @@ TEST_CASE("select on the device: a captured graph follows lengths that change be
     }
     CHECK(same);
   }
-  cudaGraphExecDestroy(ready);
-  cudaGraphDestroy(graph);
 }
 
 TEST_CASE("select on the device: two streams at once, 50 times, give the same lists to the bit") {

@@ -138,12 +138,7 @@ TEST_CASE("verify on the device: a captured graph follows offsets and logits tha
   auto& ctx = fixture.context();
   ctx.reserve_workspace(specattn::verify_workspace_bytes(ctx, slots, vocab));
   fixture.soil_workspace();
-  cudaGraph_t graph;
-  cudaGraphExec_t ready;
-  specattn::detail::check_cuda(cudaStreamBeginCapture(fixture.stream(), cudaStreamCaptureModeThreadLocal), "test");
-  specattn::verify(ctx, args);
-  specattn::detail::check_cuda(cudaStreamEndCapture(fixture.stream(), &graph), "test");
-  specattn::detail::check_cuda(cudaGraphInstantiate(&ready, graph, 0), "test");
+  const cuda_fixture::replay captured(fixture, [&] { specattn::verify(ctx, args); });
   for (int replay = 0; replay < 30; ++replay) {
     const auto turns = any_turns(cpu, vocab, sequences, random);
     tokens ends{0}, all_drafted;
@@ -169,13 +164,11 @@ TEST_CASE("verify on the device: a captured graph follows offsets and logits tha
     set(offsets, ends);
     set(samplers, options);
     set(positions, places);
-    specattn::detail::check_cuda(cudaGraphLaunch(ready, fixture.stream()), "test");
+    captured.launch();
     const auto want = judge(cpu, turns);
     const tokens counts = fixture.download(accepted), emitted = fixture.download(next);
     for (std::size_t s = 0; s < turns.size(); ++s) CHECK(outcome{counts[s], emitted[s]} == want[s]);
   }
-  cudaGraphExecDestroy(ready);
-  cudaGraphDestroy(graph);
 }
 
 }  // namespace verify_testing
