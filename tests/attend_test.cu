@@ -3,6 +3,7 @@
 
 #include "cpu_fixture.hpp"
 #include "cuda_fixture.cuh"
+#include "cuda_replay.cuh"
 #include "specattn/attention_pass.hpp"
 #include "specattn/cpu/attend.hpp"
 #include "specattn/cpu/kv_cache.hpp"
@@ -171,7 +172,7 @@ TEST_CASE("attend on the device: a captured graph follows lengths and counts tha
   args.kept = kept.view();
   args.kept_sequence_stride = 2;
   fixture.context().reserve_workspace(specattn::attend_workspace_bytes(fixture.context(), {3, 18, 8, 2, 128, 5006}));
-  const cuda_fixture::replay captured(fixture, [&] {
+  const cuda_replay captured(fixture, [&] {
     check(cudaMemcpyAsync(kv_lens.data(), new_lens.data(), kv_lens.bytes(), cudaMemcpyDeviceToDevice,
                           fixture.stream()));
     specattn::attend(fixture.context(), args);  // behind a node that is no kernel

@@ -45,31 +45,6 @@ struct cuda_fixture {
     return copy;
   }
 
-  /// What queue() puts on the stream, to be launched again and again. An unsafe call while it is captured throws.
-  class replay {
-   public:
-    template <class Queue>
-    replay(const cuda_fixture& fixture, Queue&& queue) : stream_(fixture.stream()) {
-      check(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeThreadLocal));
-      queue();
-      check(cudaStreamEndCapture(stream_, &graph_));
-      check(cudaGraphInstantiate(&ready_, graph_, 0));
-    }
-    replay(const replay&) = delete;
-    replay& operator=(const replay&) = delete;
-    ~replay() {
-      cudaGraphExecDestroy(ready_);
-      cudaGraphDestroy(graph_);
-    }
-    void launch() const { check(cudaGraphLaunch(ready_, stream_)); }
-
-   private:
-    static void check(cudaError_t status) { specattn::detail::check_cuda(status, "test"); }
-    cudaStream_t stream_;
-    cudaGraph_t graph_ = nullptr;
-    cudaGraphExec_t ready_ = nullptr;
-  };
-
   /// Fills the workspace with garbage: nothing may be expected of it.
   void soil_workspace() {
     const std::size_t bytes = context_->workspace_bytes();

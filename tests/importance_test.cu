@@ -3,6 +3,7 @@
 
 #include "cpu_fixture.hpp"
 #include "cuda_fixture.cuh"
+#include "cuda_replay.cuh"
 #include "specattn/cpu/select.hpp"
 
 using importance_fixture = cuda_fixture;
@@ -33,8 +34,8 @@ TEST_CASE("importance on the device: a captured graph follows lengths that chang
   resident.reserve(fixture);
   const auto length = fixture.upload(std::vector<std::int32_t>{1});
   resident.args.length = length.shaped({1});
-  const cuda_fixture::replay captured(
-      fixture, [&] { specattn::mix_importance(fixture.context(), resident.mixture, resident.args); });
+  const cuda_replay captured(fixture,
+                             [&] { specattn::mix_importance(fixture.context(), resident.mixture, resident.args); });
   const std::vector<float> clean(resident.out.size(), -7.0f);
   for (const std::int32_t now : {9000, 1, 4097, 0, 127, 8999}) {
     specattn::detail::check_cuda(cudaMemcpy(length.data(), &now, 4, cudaMemcpyHostToDevice), "test");

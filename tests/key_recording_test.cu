@@ -2,6 +2,7 @@
 #include "specattn/cuda/key_recording.cuh"
 
 #include "cuda_fixture.cuh"
+#include "cuda_replay.cuh"
 
 struct key_fixture : cuda_fixture {
   /// fp16's rounding; queries of a 16-bit cache enter products as sums of two of its elements.
@@ -39,7 +40,7 @@ TEST_CASE("record_keys on the device: a captured graph follows lengths that chan
   args.weights = weights.shaped({1, 1, 1, 8, 5000});
   args.masses = masses.shaped({1, 1, 1, 8});
   fixture.context().reserve_workspace(specattn::key_recording_workspace_bytes(fixture.context(), 8, 5000));
-  const cuda_fixture::replay captured(fixture, [&] { specattn::record_keys(fixture.context(), args); });
+  const cuda_replay captured(fixture, [&] { specattn::record_keys(fixture.context(), args); });
   args.weights = plain.shaped({1, 1, 1, 8, 5000});
   args.masses = plain_masses.shaped({1, 1, 1, 8});
   for (const std::int32_t kv_len : {5000, 0, 17, 2048}) {

@@ -2,6 +2,7 @@
 #include "specattn/cuda/recompute.cuh"
 
 #include "cuda_fixture.cuh"
+#include "cuda_replay.cuh"
 #include "specattn/cuda/attend.cuh"
 #include "specattn/cuda/kv_cache.cuh"
 
@@ -49,7 +50,7 @@ TEST_CASE("recompute on the device: a captured graph follows lengths that change
   args.kv_lens = kv_lens.shaped({1});
   args.lse = lse.shaped({3, 8});
   args.recording.weights = weights.shaped({1, 8, 903});
-  const cuda_fixture::replay captured(fixture, [&] { specattn::recompute(fixture.context(), args); });
+  const cuda_replay captured(fixture, [&] { specattn::recompute(fixture.context(), args); });
   args.recording.weights = plain.shaped({1, 8, 903});
   for (const std::int32_t kv_len : {900, 0, 17, 512}) {
     for (const auto* to : {&weights, &plain})

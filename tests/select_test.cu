@@ -5,6 +5,7 @@
 
 #include "cpu_fixture.hpp"
 #include "cuda_fixture.cuh"
+#include "cuda_replay.cuh"
 #include "specattn/cpu/select.hpp"
 
 using select_fixture = cuda_fixture;
@@ -90,8 +91,7 @@ TEST_CASE("select on the device: a captured graph follows lengths that change be
   specattn::importance<float, specattn::cuda> from;
   from.weights = weights.shaped({24, 1, 9000});
   from.kv_lens = lengths.shaped({24});
-  const cuda_fixture::replay captured(fixture,
-                                      [&] { specattn::select(fixture.context(), from, p.rule, lists.view()); });
+  const cuda_replay captured(fixture, [&] { specattn::select(fixture.context(), from, p.rule, lists.view()); });
   specattn::selection<specattn::cpu> want(24, 9000);
   specattn::importance<float> host;
   host.weights = {p.memory.data(), {24, 1, 9000}};

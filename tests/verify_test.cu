@@ -3,6 +3,7 @@
 
 #include "cpu_fixture.hpp"
 #include "cuda_fixture.cuh"
+#include "cuda_replay.cuh"
 #include "specattn/cpu/verify.hpp"
 
 using verify_fixture = cuda_fixture;
@@ -138,7 +139,7 @@ TEST_CASE("verify on the device: a captured graph follows offsets and logits tha
   auto& ctx = fixture.context();
   ctx.reserve_workspace(specattn::verify_workspace_bytes(ctx, slots, vocab));
   fixture.soil_workspace();
-  const cuda_fixture::replay captured(fixture, [&] { specattn::verify(ctx, args); });
+  const cuda_replay captured(fixture, [&] { specattn::verify(ctx, args); });
   for (int replay = 0; replay < 30; ++replay) {
     const auto turns = any_turns(cpu, vocab, sequences, random);
     tokens ends{0}, all_drafted;
