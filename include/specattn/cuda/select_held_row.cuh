@@ -42,7 +42,7 @@ class held_row {
     for (int n = 0; n < fours; ++n) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const std::uint32_t bits = __float_as_uint(widened(part[n].x[j]));
+        const std::uint32_t bits = __float_as_uint(to_float(part[n].x[j]));
         keys_[n][j] = weight_key(bits);
         facts[1] |= weight_fault(bits);
         facts[0] = facts[0] > keys_[n][j] ? facts[0] : keys_[n][j];

@@ -47,7 +47,7 @@ struct row_keys {
 
   /// i + 1024 n lies 1024 n behind i: where a thread has few words, even shorter steps keep their length.
   __device__ std::int32_t place_of(std::int32_t i) const { return i ^ ((i >> (5 + log_words) & 7) * group); }
-  __device__ static std::uint32_t key_of(T weight) { return __float_as_uint(widened(weight)); }
+  __device__ static std::uint32_t key_of(T weight) { return __float_as_uint(to_float(weight)); }
   __device__ std::uint32_t key(std::int32_t i) const { return key_of(base[place_of(i)]); }
 };
 

@@ -74,7 +74,7 @@ __device__ __forceinline__ key_facts read_row(const T* row, std::ptrdiff_t strid
     for (int j = 0; j < group; j += 4) {
       float weight[4];
 #pragma unroll
-      for (int n = 0; n < 4; ++n) weight[n] = widened(part.x[j + n]);
+      for (int n = 0; n < 4; ++n) weight[n] = to_float(part.x[j + n]);
       facts.max_key = larger(facts.max_key, __float_as_uint(weight[0]), __float_as_uint(weight[1]));
       facts.max_key = larger(facts.max_key, __float_as_uint(weight[2]), __float_as_uint(weight[3]));
       facts.sum += (weight[0] + weight[1]) + (weight[2] + weight[3]);

@@ -56,7 +56,7 @@ struct streamed_row {
     lifted = false;
     facts[0] = facts[1] = 0;
     for (std::int32_t item = items.first + select_team::thread(); item < items.last; item += select_threads) {
-      const std::uint32_t bits = __float_as_uint(widened(weights[item * stride]));
+      const std::uint32_t bits = __float_as_uint(to_float(weights[item * stride]));
       const std::uint32_t key = weight_key(bits);
       if (weight_fault(bits) != 0) facts[1] = 1;
       if (key > facts[0]) facts[0] = key;
@@ -64,7 +64,7 @@ struct streamed_row {
   }
   __device__ __forceinline__ void lift(item_range) { lifted = true; }
   __device__ std::uint32_t key(std::int32_t item) const {
-    const std::uint32_t key = weight_key(__float_as_uint(widened(weights[item * stride])));
+    const std::uint32_t key = weight_key(__float_as_uint(to_float(weights[item * stride])));
     return lifted ? lift_key(key) : key;
   }
 

@@ -3,12 +3,10 @@
 
 #include <cooperative_groups.h>
 
-#include <concepts>
 #include <cstdint>
 #include <cub/block/block_scan.cuh>
 
 #include "../config.hpp"
-#include "../scalar.hpp"
 #include "../select_math.hpp"
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -32,19 +30,6 @@ struct greater {
 };
 using select_scan = cub::BlockScan<std::uint64_t, select_threads, cub::BLOCK_SCAN_WARP_SCANS>;
 using select_word_scan = cub::BlockScan<std::uint32_t, select_threads, cub::BLOCK_SCAN_WARP_SCANS>;
-
-/// to_float(), of fp16 in one instruction.
-template <storage T>
-__device__ __forceinline__ float widened(T x) {
-#if defined(__CUDA_ARCH__)
-  if constexpr (std::same_as<T, fp16>) {
-    float wide;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
-    return wide;
-  }
-#endif
-  return to_float(x);
-}
 
 /// The same place in shared memory, whose address the compiler then keeps: in a cluster it takes four instructions and
 /// thirty cycles, and it would compute it at every use. Nor does it compute ahead of a loop what depends on it: a loop
