@@ -60,15 +60,19 @@ struct selection_view {
 
 namespace detail {
 
-/// Makes group g the list of its first `count` entries and positions [first, end), which follow them, padding included;
-/// a group that keeps all goes on doing so. `lanes` threads may share the work, each calling with its `lane`.
+/// Makes group g the list of its first `count` entries and positions [first, end), which follow them, padding included.
+/// A group that keeps all has no list, so none of its entries is touched. `lanes` threads may share the work, each calling
+/// with its `lane`.
 template <backend B>
 SPECATTN_HD void grow_list(const selection_view<B>& lists, std::ptrdiff_t g, std::int32_t count, std::int32_t first,
                            std::int32_t end, std::int32_t lane = 0, std::int32_t lanes = 1) {
-  const std::int32_t grown = count == keep_all || end < first ? count : count + (end - first);
-  const std::ptrdiff_t padded = count == keep_all ? 0 : padded_count(grown, lists.capacity());
-  for (std::ptrdiff_t i = std::ptrdiff_t{count} + lane; i < padded; i += lanes)
-    lists.positions(g, i) = i < grown ? first + static_cast<std::int32_t>(i - count) : -1;
+  std::int32_t grown = count;
+  if (count != keep_all) {
+    if (first < end) grown += end - first;
+    const std::ptrdiff_t padded = padded_count(grown, lists.capacity());
+    for (std::ptrdiff_t i = std::ptrdiff_t{count} + lane; i < padded; i += lanes)
+      lists.positions(g, i) = i < grown ? first + static_cast<std::int32_t>(i - count) : -1;
+  }
   if (lane == 0) lists.counts[g] = grown;
 }
 
