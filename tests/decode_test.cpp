@@ -66,8 +66,8 @@ TEST_CASE("decode: a refresh rewrites approximate keys and values with the dense
     std::int32_t differences = 0;
     for (std::int32_t i = 0; i < settled; ++i) {
       for (std::int32_t h = 0; h < 2; ++h) {
-        const float* ours = sparse.cache().layer(2).key(row, i, h);
-        const float* theirs = exact.cache().layer(2).key(exact_row, i, h);
+        const float* ours = sparse.target_cache().layer(2).key(row, i, h);
+        const float* theirs = exact.target_cache().layer(2).key(exact_row, i, h);
         differences += !std::equal(ours, ours + 8, theirs);
       }
     }

@@ -56,7 +56,9 @@ struct decode_counts {
   std::int64_t dense_rounds = 0;   ///< of them, rounds that read everything (min_context, refresh, no draft)
   std::int64_t reused_rounds = 0;  ///< of them, rounds that read what a round before had selected (record_every)
   std::int64_t refreshed = 0;      ///< of them, rounds that rewrote approximate keys and values
-  std::int64_t proposed = 0;       ///< drafted tokens that were verified
+  std::int64_t draft_failures =
+      0;                      ///< of them, rounds that lost drafted tokens: the draft threw, or its logits held NaN
+  std::int64_t proposed = 0;  ///< drafted tokens that were verified
   std::int64_t accepted = 0;
   std::int64_t corrected = 0;  ///< rounds that ended in a correction
   std::int64_t bonus = 0;      ///< rounds whose drafts were all accepted
@@ -73,6 +75,7 @@ struct decode_counts {
     dense_rounds += other.dense_rounds;
     reused_rounds += other.reused_rounds;
     refreshed += other.refreshed;
+    draft_failures += other.draft_failures;
     proposed += other.proposed;
     accepted += other.accepted;
     corrected += other.corrected;

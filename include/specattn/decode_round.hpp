@@ -45,6 +45,20 @@ inline decode_counts take_tokens(sequence_state& seq, std::span<const std::int32
   return counts;
 }
 
+/// Takes a round over for one sequence, whose pass evaluated `slots` slots behind `kv_len` cached positions; returns the
+/// counts. Does not throw.
+inline decode_counts commit_round(sequence_state& seq, std::span<const std::int32_t> drafted, std::int32_t accepted,
+                                  std::int32_t next, const decode_counts& rows, std::int32_t kv_len,
+                                  std::int32_t slots) {
+  decode_counts counts = take_tokens(seq, drafted, accepted, next);
+  counts += rows;
+  seq.counts += counts;
+  if (rows.dense_rounds > 0 && kv_len <= seq.exact_length) seq.exact_length = kv_len + slots;
+  seq.exact_length = (std::min)(seq.exact_length, static_cast<std::int32_t>(seq.text.size()) - 1);
+  seq.rounds_since_refresh = rows.refreshed > 0 ? 0 : seq.rounds_since_refresh + 1;
+  return counts;
+}
+
 /// Whose turn it is to record, and whose to reuse what a round before has selected (decode_options::record_every).
 class recording_turns {
  public:

@@ -20,6 +20,7 @@ namespace specattn::inline v0_1::detail {
 /// One running text. The target has cached everything but its last token; the draft may lack the last two.
 struct sequence_state {
   bool active = false;
+  std::uint64_t ticket = 0;  ///< another for every text that the row holds
   std::vector<std::int32_t> text;
   std::vector<std::int32_t> stop_tokens;
   std::int32_t prompt_length = 0;
@@ -53,6 +54,18 @@ struct pass_arrays {
     positions.data()[slots++] = position;
   }
   void end_sequence() { slot_offsets.data()[++sequences] = slots; }
+  /// One sequence, whose slots are positions [from, to) of a text and want no logits.
+  void fill(std::span<const std::int32_t> text, std::int32_t from, std::int32_t to) {
+    clear();
+    begin_sequence(from);
+    for (std::int32_t i = from; i < to; ++i) add_slot(text[static_cast<std::size_t>(i)], i, false);
+    end_sequence();
+  }
+
+  /// \param cache_rows [sequences]
+  pass_layout<cpu> layout(const std::int32_t* cache_rows) const {
+    return {slot_offsets.shaped({sequences + 1}), kv_lens.shaped({sequences}), {cache_rows, {sequences}}};
+  }
 
   forward_batch<> batch() const {
     const auto n = static_cast<std::size_t>(slots);
@@ -88,7 +101,7 @@ struct decode_sizes {
                    .layers = draft.layers,
                    .kv_heads = draft.kv_heads,
                    .head_dim = draft.head_dim,
-                   .max_positions = positions,
+                   .max_positions = (std::min)(positions, draft.max_positions),
                    .page_size = options.page_size};
     target_groups = std::ptrdiff_t{target.layers} * sequences * target.kv_heads;
     draft_groups = std::ptrdiff_t{draft.layers} * sequences * draft.kv_heads;
@@ -134,8 +147,8 @@ inline void check_decode(const model_shape& target, const model_shape& draft, co
   expects(o.prefill_chunk >= 1, "decode: prefill_chunk ", o.prefill_chunk, " must be at least 1");
   if (o.draft_length == 0) return;
   expects(draft.vocab == target.vocab, "decode: the draft's vocab is ", draft.vocab, ", the target's ", target.vocab);
-  expects(draft.max_positions >= sizes.positions, "decode: the draft's context is ", draft.max_positions,
-          " positions, ", sizes.positions, " are asked for");
+  expects(draft.max_positions >= 1, "decode: the draft's context of ", draft.max_positions,
+          " positions must hold at least 1");
   expects(2 * o.max_sequences <= draft.max_slots,
           "decode: a draft step needs two slots a sequence: ", 2 * o.max_sequences, ", the draft takes ",
           draft.max_slots);
@@ -149,12 +162,41 @@ struct round_batch {
         draft_lengths(static_cast<std::size_t>(sizes.sequences)),
         judged_offsets(static_cast<std::size_t>(sizes.sequences) + 1),
         drafted(static_cast<std::size_t>(sizes.judged)),
-        probabilities(static_cast<std::size_t>(sizes.judged) * static_cast<std::size_t>(vocab)) {}
+        probabilities(static_cast<std::size_t>(sizes.judged) * static_cast<std::size_t>(vocab)),
+        failed(static_cast<std::size_t>(sizes.sequences)),
+        draft_counts(static_cast<std::size_t>(sizes.sequences)) {}
 
   std::int32_t first_drafted(std::int32_t s) const { return judged_offsets.data()[s] - s; }
   std::int32_t& draft_length(std::int32_t s) const { return draft_lengths.data()[s]; }
   std::span<const std::int32_t> drafted_of(std::int32_t s) const {
     return {drafted.data() + first_drafted(s), static_cast<std::size_t>(draft_length(s))};
+  }
+  /// Nothing is drafted yet.
+  void begin_drafts() const {
+    std::fill_n(failed.data(), failed.size(), std::uint8_t{0});
+    std::fill_n(draft_counts.data(), draft_counts.size(), decode_counts{});
+  }
+  /// Drops a sequence's drafted tokens from the `kept`-th on: the draft has failed there.
+  void drop_drafts(std::int32_t s, std::int32_t kept) const {
+    failed.data()[s] = 1;
+    draft_length(s) = (std::min)(draft_length(s), kept);
+  }
+  bool any_failed() const {
+    return std::any_of(failed.data(), failed.data() + size, [](std::uint8_t f) { return f != 0; });
+  }
+  /// After drafted tokens were dropped: moves the others, and what they were drawn from, together.
+  void close_gaps(std::int32_t vocab) const {
+    std::int32_t at = 0;
+    for (std::int32_t s = 0; s < size; ++s) {
+      const std::int32_t from = first_drafted(s), count = draft_length(s);
+      std::copy_n(drafted.data() + from, count, drafted.data() + at);
+      if (at != from)
+        std::copy_n(probabilities.data() + std::ptrdiff_t{from} * vocab, std::ptrdiff_t{count} * vocab,
+                    probabilities.data() + std::ptrdiff_t{at} * vocab);
+      judged_offsets.data()[s] = at + s;
+      at += count;
+    }
+    judged_offsets.data()[size] = at + size;
   }
   std::int32_t longest_draft() const {
     return size == 0 ? 0 : *std::max_element(draft_lengths.data(), draft_lengths.data() + size);
@@ -166,6 +208,8 @@ struct round_batch {
   buffer<std::int32_t, cpu> judged_offsets;  ///< [sequences + 1] slots whose logits are wanted: γ + 1 each
   buffer<std::int32_t, cpu> drafted;         ///< drafted tokens, a sequence's from first_drafted(s)
   buffer<float, cpu> probabilities;          ///< [drafted, vocab] what they were drawn from
+  buffer<std::uint8_t, cpu> failed;          ///< [sequences] 1: the draft failed for it
+  buffer<decode_counts, cpu> draft_counts;   ///< [sequences] what its draft steps read
   std::span<const std::int32_t> forced;      ///< score(): the text that is drafted and accepted; empty: none
 };
 

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <span>
 
 #include "attention_pass.hpp"
@@ -62,29 +63,63 @@ class drafter {
     return need;
   }
 
-  Draft& model() { return *draft_; }
   kv_cache<T, B>& cache() { return cache_; }
+  const kv_cache<T, B>& cache() const { return cache_; }
 
-  /// Drafts for the whole batch into batch.drafted (and batch.probabilities where it samples).
+  /// Caches a row's text up to position `to`, in one pass.
+  void prefill(std::int32_t row, std::span<const std::int32_t> text, std::int32_t to) {
+    const std::int32_t from = cache_.length(row);
+    pass_.fill(text, from, to);
+    cache_.reserve(row, to - from);
+    attention_pass<T, B> pass(*ctx_, cache_, pass_.layout(&row));
+    draft_->forward(*ctx_, pass_.batch(), pass, view<float, 2, B>(logits_.data(), {0, shape_.vocab}));
+    cache_.advance(row, to - from);
+  }
+
+  /// Drafts for the whole batch into batch.drafted (and batch.probabilities where it samples). A draft that throws, or has
+  /// nothing to draw from, loses the tokens from there on; batch.failed says whose.
   /// \param listed a sparse draft's steps read what was selected for these rows before, and all since; else they are dense
   /// \param reuse  nothing is recorded, and nothing selected anew
-  void run(round_batch& batch, sequence_table& sequences, decode_counts& counts, bool listed, bool reuse) {
+  void run(round_batch& batch, const sequence_table& sequences, bool listed, bool reuse) {
     sparse_ = listed && options_.sparse_draft;
     reuse_ = reuse;
+    recorded_own_ = false;
+    step_ = 0;
     std::fill_n(recorded_.data(), recorded_.size(), 0);
     const std::int32_t longest = batch.longest_draft();
+    const auto thrown = attempt([&] { draft(batch, sequences, longest); });
+    if (thrown) {
+      failure_ = thrown;
+      for (std::int32_t s = 0; s < batch.size; ++s) {
+        if (batch.draft_length(s) > 0) batch.drop_drafts(s, step_);
+      }
+    }
+    if (batch.any_failed()) batch.close_gaps(shape_.vocab);
+  }
+  /// What the draft threw last; null: it never did.
+  const std::exception_ptr& failure() const { return failure_; }
+  void note_failure(const std::exception_ptr& thrown) { failure_ = thrown; }
+
+  /// Once the round stands: selects what the next rounds' steps read, from this round's weights. Before, a round that is
+  /// given up must find the lists it began with.
+  void select_own(const round_batch& batch) {
+    if (!recorded_own_) return;
+    const std::ptrdiff_t groups = std::ptrdiff_t{shape_.layers} * batch.size * shape_.kv_heads;
+    const std::ptrdiff_t heads = shape_.q_heads / shape_.kv_heads;
+    std::int32_t longest = 1;
     for (std::int32_t s = 0; s < batch.size; ++s) {
-      if (batch.draft_length(s) > 0) catch_up(batch.rows.data() + s, sequences);
+      const std::int32_t length = recorded_lens_.data()[s];
+      longest = (std::max)(longest, length);
+      for (std::int32_t layer = 0; layer < shape_.layers; ++layer) {
+        for (std::int32_t h = 0; h < shape_.kv_heads; ++h)
+          group_lens_.data()[group(layer, s, h, batch.size)] = length;
+      }
     }
-    for (std::int32_t step = 0; step < longest; ++step) {
-      gather(step, batch, sequences);
-      forward(step, batch, sequences, counts);
-      choose(step, batch, sequences);
-    }
-    if (options_.sparse_draft && !reuse && longest > 0) {
-      record(batch, sequences, counts);
-      select_own(batch);
-    }
+    importance<float, B> from;
+    from.weights = {weights_.data(), {groups, heads, longest}, {heads * capacity_, capacity_, 1}};
+    from.kv_lens = group_lens_.shaped({groups});
+    select(*ctx_, from, options_.draft_rule, lists_.of(batch.size));
+    lists_.note({recorded_lens_.data(), static_cast<std::size_t>(batch.size)});
   }
 
   /// [recorded steps, layers, sequences, q_heads, positions] of the last run; of a sparse draft's steps the mean.
@@ -103,25 +138,24 @@ class drafter {
   }
 
  private:
-  /// Caches what a sequence decoded while it did not draft, up to the one or two tokens the first step feeds.
-  void catch_up(const std::int32_t* row, const sequence_table& sequences) {
-    const auto& text = sequences.at(*row).text;
-    const auto end = static_cast<std::int32_t>(text.size());
-    while (end - cache_.length(*row) > 2) {
-      const std::int32_t cached = cache_.length(*row);
-      const std::int32_t count = (std::min)(end - 1 - cached, options_.prefill_chunk);
-      pass_.clear();
-      pass_.begin_sequence(cached);
-      for (std::int32_t i = cached; i < cached + count; ++i)
-        pass_.add_slot(text[static_cast<std::size_t>(i)], i, false);
-      pass_.end_sequence();
-      cache_.reserve(*row, count);
-      attention_pass<T, B> pass(
-          *ctx_, cache_,
-          {pass_.slot_offsets.shaped({2}), pass_.kv_lens.shaped({1}), view<const std::int32_t, 1, B>(row, {1})});
-      draft_->forward(*ctx_, pass_.batch(), pass, view<float, 2, B>(logits_.data(), {0, shape_.vocab}));
-      cache_.advance(*row, count);
+  void draft(const round_batch& batch, const sequence_table& sequences, std::int32_t longest) {
+    for (std::int32_t s = 0; s < batch.size; ++s) {
+      if (batch.draft_length(s) > 0) catch_up(batch.rows.data()[s], sequences);
     }
+    for (; step_ < longest; ++step_) {
+      gather(step_, batch, sequences);
+      forward(step_, batch);
+      choose(step_, batch, sequences);
+    }
+    if (options_.sparse_draft && !reuse_ && batch.longest_draft() > 0) record(batch, sequences);
+  }
+
+  /// Caches what a sequence decoded while it did not draft, up to the one or two tokens the first step feeds.
+  void catch_up(std::int32_t row, const sequence_table& sequences) {
+    const auto& text = sequences.at(row).text;
+    const auto end = static_cast<std::int32_t>(text.size());
+    while (end - cache_.length(row) > 2)
+      prefill(row, text, (std::min)(end - 1, cache_.length(row) + options_.prefill_chunk));
   }
 
   /// The first step feeds what the draft has not cached yet (one token, or two after a fully accepted round); later
@@ -147,10 +181,8 @@ class drafter {
     }
   }
 
-  void forward(std::int32_t step, const round_batch& batch, sequence_table& sequences, decode_counts& counts) {
-    attention_pass<T, B> pass(*ctx_, cache_,
-                              {pass_.slot_offsets.shaped({batch.size + 1}), pass_.kv_lens.shaped({batch.size}),
-                               batch.rows.shaped({batch.size})});
+  void forward(std::int32_t step, const round_batch& batch) {
+    attention_pass<T, B> pass(*ctx_, cache_, pass_.layout(batch.rows.data()));
     const bool records = record_ && !reuse_ && step < steps_;
     for (std::int32_t s = 0; sparse_ && s < batch.size; ++s) {
       if (slots_of(s) > 0) lists_.grow(s, batch.size, pass_.kv_lens.data()[s]);
@@ -169,9 +201,7 @@ class drafter {
     for (std::int32_t s = 0; s < batch.size; ++s) cache_.reserve(batch.rows.data()[s], slots_of(s));
     draft_->forward(*ctx_, pass_.batch(), pass, view<float, 2, B>(logits_.data(), {pass_.rows, shape_.vocab}));
     for (std::int32_t s = 0; s < batch.size; ++s) {
-      const decode_counts rows = rows_of(s, batch.size);
-      counts += rows;
-      sequences.at(batch.rows.data()[s]).counts += rows;
+      batch.draft_counts.data()[s] += rows_of(s, batch.size);
       cache_.advance(batch.rows.data()[s], slots_of(s));
     }
     if (records && !options_.sparse_draft) note_weights(step, batch);
@@ -198,16 +228,14 @@ class drafter {
   }
 
   /// After a sparse draft's steps, whether they were dense this time or not: their mean over the round's prefix.
-  void record(const round_batch& batch, sequence_table& sequences, decode_counts& counts) {
+  void record(const round_batch& batch, const sequence_table& sequences) {
     const std::int32_t n = batch.size, steps = (std::min)(steps_, batch.longest_draft());
     for (std::int32_t s = 0; s < n; ++s) {
       const auto text = static_cast<std::int32_t>(sequences.at(batch.rows.data()[s]).text.size());
       recorded_.data()[s] = batch.draft_length(s) > 0 ? 1 : 0;
       recorded_lens_.data()[s] = batch.draft_length(s) > 0 ? text - 1 : 0;
-      decode_counts keys;  // half of their rows
-      keys.draft_rows_read = (std::int64_t{recorded_lens_.data()[s]} * shape_.layers * shape_.kv_heads + 1) / 2;
-      counts += keys;
-      sequences.at(batch.rows.data()[s]).counts += keys;
+      batch.draft_counts.data()[s].draft_rows_read +=  // keys alone: half of a row
+          (std::int64_t{recorded_lens_.data()[s]} * shape_.layers * shape_.kv_heads + 1) / 2;
     }
     key_recording_args<T, B> args = queries_.asked(steps, n, cache_);
     args.slot_of = slot_of_.shaped({steps, n});
@@ -217,6 +245,7 @@ class drafter {
     args.masses = {masses_.data(), {1, shape_.layers, n, shape_.q_heads}};
     record_keys(*ctx_, args);
     make_masses_one(args);
+    recorded_own_ = true;
   }
 
   /// Heads whose lists kept less of their mass were weighed by more than they should (record_keys); they are to count
@@ -260,31 +289,10 @@ class drafter {
                random_use::draft,
                view<float, 2, B>(batch.probabilities.data() + at * shape_.vocab, {1, shape_.vocab}),
                view<std::int32_t, 1, B>(batch.drafted.data() + at, {1}));
-        expects(batch.drafted.data()[at] != no_token, "decode: the draft's logits for position ", position,
-                " of row ", batch.rows.data()[s], " hold no finite value");
+        if (batch.drafted.data()[at] == no_token) batch.drop_drafts(s, step);
       }
       ++logit_row;
     }
-  }
-
-  /// What the next rounds' steps read, from this round's weights.
-  void select_own(const round_batch& batch) {
-    const std::ptrdiff_t groups = std::ptrdiff_t{shape_.layers} * batch.size * shape_.kv_heads;
-    const std::ptrdiff_t heads = shape_.q_heads / shape_.kv_heads;
-    std::int32_t longest = 1;
-    for (std::int32_t s = 0; s < batch.size; ++s) {
-      const std::int32_t length = recorded_lens_.data()[s];
-      longest = (std::max)(longest, length);
-      for (std::int32_t layer = 0; layer < shape_.layers; ++layer) {
-        for (std::int32_t h = 0; h < shape_.kv_heads; ++h)
-          group_lens_.data()[group(layer, s, h, batch.size)] = length;
-      }
-    }
-    importance<float, B> from;
-    from.weights = {weights_.data(), {groups, heads, longest}, {heads * capacity_, capacity_, 1}};
-    from.kv_lens = group_lens_.shaped({groups});
-    select(*ctx_, from, options_.draft_rule, lists_.of(batch.size));
-    lists_.note({recorded_lens_.data(), static_cast<std::size_t>(batch.size)});
   }
 
   std::ptrdiff_t group(std::int32_t layer, std::int32_t s, std::int32_t h, std::int32_t sequences) const {
@@ -323,8 +331,11 @@ class drafter {
   std::int32_t capacity_;
   kv_cache<T, B> cache_;
   bool record_;
-  bool sparse_ = false;  // there are lists to read
-  bool reuse_ = false;   // this round records nothing
+  bool sparse_ = false;        // there are lists to read
+  bool reuse_ = false;         // this round records nothing
+  bool recorded_own_ = false;  // this round has recorded what a sparse draft selects from
+  std::int32_t step_ = 0;
+  std::exception_ptr failure_;
   pass_arrays pass_;
   query_memory<B> queries_;                // of a sparse draft
   buffer<std::int32_t, B> slot_of_;        // [steps, sequences] who asked; -1: nobody

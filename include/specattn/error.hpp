@@ -2,10 +2,12 @@
 #pragma once
 
 #include <cstdlib>
+#include <exception>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 #include <type_traits>
+#include <utility>
 
 #include "config.hpp"
 
@@ -61,6 +63,38 @@ void expects(bool holds, const Parts&... parts) {
   (append_part(message, parts), ...);
   raise<contract_error>(message);
 }
+
+/// Runs `work`; returns what it threw, or null. Without exceptions an error does not come back.
+template <class Work>
+std::exception_ptr attempt(Work&& work) {
+#if defined(__cpp_exceptions)
+  try {
+    work();
+  } catch (...) {
+    return std::current_exception();
+  }
+#else
+  work();
+#endif
+  return nullptr;
+}
+
+/// Runs `undo` when the scope ends, by an exception or early, unless it was dismissed. `undo` must not throw.
+template <class Undo>
+class undo_scope {
+ public:
+  explicit undo_scope(Undo undo) : undo_(std::move(undo)) {}
+  undo_scope(const undo_scope&) = delete;
+  undo_scope& operator=(const undo_scope&) = delete;
+  ~undo_scope() {
+    if (armed_) undo_();
+  }
+  void dismiss() { armed_ = false; }
+
+ private:
+  Undo undo_;
+  bool armed_ = true;
+};
 
 }  // namespace detail
 }  // namespace specattn::inline v0_1

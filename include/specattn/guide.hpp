@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <utility>
 
 #include "backend.hpp"
 #include "kv_cache.hpp"
@@ -42,7 +43,7 @@ struct round_state {
   std::span<const std::int32_t> slot_offsets;  ///< [sequences + 1] of the verify pass
   std::span<const std::uint8_t> dense;         ///< [sequences] 1: this sequence's round is dense, whatever the guide
   std::span<const std::int32_t> replayed;      ///< [sequences] leading slots that only rewrite known positions
-  std::span<const std::int32_t> accepted;      ///< [sequences] valid in after_verify
+  std::span<const std::int32_t> accepted;      ///< [sequences] valid in after_verify; -1: the round is void for it
   /// Recorded draft weights [steps, draft layers, sequences, q_heads, capacity]: entry j of a row is prefix position j.
   /// A sparse draft leaves one step, the mean of its steps' rows as record_keys() makes them.
   view<const float, 5, B> draft_weights;
@@ -104,6 +105,126 @@ struct idle_guide {
   void forget(std::int32_t) {}
   std::int64_t metadata_rows(std::int32_t) const { return 0; }
 };
+
+/// A guide that remembers something of its texts, or needs scratch: a decoder keeps that in a `G::memory` of its own and
+/// passes it to every hook as the last argument, so that one guide serves several decoders, on several threads.
+template <class G>
+concept guide_with_memory = requires {
+  typename G::memory;
+};
+
+/// For guides with memory to inherit: hooks that do nothing, and the hooks without a memory, which work on one that the
+/// guide owns. `using base::before_verify` and alike make both visible.
+template <class G, class Memory>
+class remembering_guide : public idle_guide {
+ public:
+  using memory = Memory;
+
+  void prepare(const guide_setup& setup) { self().prepare(setup, own_); }
+  template <class Context>
+  std::size_t workspace_bytes(const Context& ctx) const {
+    return static_cast<const G&>(*this).workspace_bytes(ctx, own_);
+  }
+  template <class Context, class Round>
+  void before_verify(Context& ctx, Round& round) {
+    self().before_verify(ctx, round, own_);
+  }
+  template <class Context, class Round, class Queries>
+  void before_layer(Context& ctx, Round& round, std::int32_t layer, Queries q) {
+    self().before_layer(ctx, round, layer, q, own_);
+  }
+  template <class Context, class Round>
+  void after_verify(Context& ctx, Round& round) {
+    self().after_verify(ctx, round, own_);
+  }
+  void forget(std::int32_t cache_row) { self().forget(cache_row, own_); }
+
+  void prepare(const guide_setup&, Memory&) {}
+  template <class Context>
+  std::size_t workspace_bytes(const Context&, const Memory&) const {
+    return 0;
+  }
+  template <class Context, class Round>
+  void before_verify(Context&, Round&, Memory&) {}
+  template <class Context, class Round, class Queries>
+  void before_layer(Context&, Round&, std::int32_t, Queries, Memory&) {}
+  template <class Context, class Round>
+  void after_verify(Context&, Round&, Memory&) {}
+  void forget(std::int32_t, Memory&) {}
+
+ private:
+  G& self() { return static_cast<G&>(*this); }
+
+  Memory own_;
+};
+
+namespace detail {
+
+/// A decoder's hold on a guide: the guide is the caller's, what it remembers is the decoder's.
+template <class G>
+class held_guide {
+  struct nothing {};
+  template <class Guide>
+  struct memory_of {
+    using type = nothing;
+  };
+  template <guide_with_memory Guide>
+  struct memory_of<Guide> {
+    using type = typename Guide::memory;
+  };
+
+ public:
+  explicit held_guide(G& guide) : guide_(&guide) {}
+
+  void prepare(const guide_setup& setup) {
+    if constexpr (guide_with_memory<G>)
+      guide_->prepare(setup, memory_);
+    else
+      guide_->prepare(setup);
+  }
+  guide_needs needs() const { return std::as_const(*guide_).needs(); }
+  std::int64_t metadata_rows(std::int32_t kv_len) const { return std::as_const(*guide_).metadata_rows(kv_len); }
+  template <class Context>
+  std::size_t workspace_bytes(const Context& ctx) const {
+    if constexpr (guide_with_memory<G>)
+      return std::as_const(*guide_).workspace_bytes(ctx, memory_);
+    else
+      return std::as_const(*guide_).workspace_bytes(ctx);
+  }
+  template <class Context, class Round>
+  void before_verify(Context& ctx, Round& round) {
+    if constexpr (guide_with_memory<G>)
+      guide_->before_verify(ctx, round, memory_);
+    else
+      guide_->before_verify(ctx, round);
+  }
+  template <class Context, class Round, class Queries>
+  void before_layer(Context& ctx, Round& round, std::int32_t layer, Queries q) {
+    if constexpr (guide_with_memory<G>)
+      guide_->before_layer(ctx, round, layer, q, memory_);
+    else
+      guide_->before_layer(ctx, round, layer, q);
+  }
+  template <class Context, class Round>
+  void after_verify(Context& ctx, Round& round) {
+    if constexpr (guide_with_memory<G>)
+      guide_->after_verify(ctx, round, memory_);
+    else
+      guide_->after_verify(ctx, round);
+  }
+  void forget(std::int32_t cache_row) {
+    if constexpr (guide_with_memory<G>)
+      guide_->forget(cache_row, memory_);
+    else
+      guide_->forget(cache_row);
+  }
+
+ private:
+  G* guide_;
+  typename memory_of<G>::type memory_;
+};
+
+}  // namespace detail
 
 /// Dense verification: exact speculative decoding. With a sparse draft it is a lossless system of its own.
 struct no_guide : idle_guide {

@@ -52,6 +52,7 @@ class sequence_table {
   /// A free row, its text the prompt. It stays inactive until what the prompt caches is cached.
   std::int32_t take_row(const decode_request& request) {
     check_tokens(request.prompt, "decode: the prompt", positions_, vocab_);
+    check(request);
     std::int32_t row = 0;
     while (row < size() && rows_[static_cast<std::size_t>(row)].active) ++row;
     expects(row < size(), "decode: all ", size(), " rows are taken; remove() one first");
@@ -62,21 +63,30 @@ class sequence_table {
     return row;
   }
 
-  /// The row's text is its prompt again, under another request.
+  /// The row's text is its prompt again, under another request. A request that is refused changes nothing.
   void rewind(std::int32_t row, const decode_request& request) {
     sequence_state& seq = at(row);
+    check(request);
     expects(seq.active, "decode: row ", row, " holds no sequence to rewind");
     seq.text.resize(static_cast<std::size_t>(seq.prompt_length));
     begin(seq, request);
   }
 
   void free_row(std::int32_t row) {
-    at(row).active = false;
-    at(row).text.clear();
+    sequence_state& seq = at(row);
+    seq.active = false;
+    seq.text.clear();
+    ++seq.ticket;
   }
 
   bool any_active() const {
     return std::any_of(rows_.begin(), rows_.end(), [](const sequence_state& seq) { return seq.active; });
+  }
+
+  /// Whether some sequence can go on.
+  bool any_running() const {
+    return std::any_of(rows_.begin(), rows_.end(),
+                       [](const sequence_state& seq) { return seq.active && seq.finish == finish_reason::running; });
   }
 
   /// Whether a row takes part in the next round. One whose last token no longer fits the cache ends here.
@@ -88,9 +98,12 @@ class sequence_table {
   }
 
  private:
-  void begin(sequence_state& seq, const decode_request& request) const {
+  void check(const decode_request& request) const {
     expects(request.draft_length <= draft_length_, "decode: a request's draft_length ", request.draft_length,
             " is over the options' ", draft_length_);
+  }
+  void begin(sequence_state& seq, const decode_request& request) const {
+    ++seq.ticket;
     seq.stop_tokens.assign(request.stop_tokens.begin(), request.stop_tokens.end());
     seq.max_new_tokens = request.max_new_tokens;
     seq.draft_length = request.draft_length < 0 ? draft_length_ : request.draft_length;

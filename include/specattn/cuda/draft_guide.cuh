@@ -60,6 +60,7 @@ static __global__ void __launch_bounds__(guide_threads)
   const auto group = static_cast<std::int32_t>(blockIdx.x);
   const std::int32_t layer = group / launch.kv_heads, head = group % launch.kv_heads;
   const std::int32_t kv_len = launch.kv_lens[s], used = launch.accepted[s] + 1;
+  if (used == 0) return;  // the sequence's round is void
   const std::ptrdiff_t list = (std::ptrdiff_t{layer} * sequences + s) * launch.kv_heads + head;
   const std::int32_t count = launch.kept.counts[list];
   const std::int32_t attended = count == keep_all ? kv_len : count;
@@ -86,28 +87,33 @@ static __global__ void __launch_bounds__(guide_threads)
 /// See draft_guide. With a rule that unites, each recorded step is selected from; any other averages them first.
 /// History costs a recording of every slot of the verify pass.
 template <>
-class draft_guide<cuda> : public detail::draft_guide_memory<cuda> {
+class draft_guide<cuda> : public detail::draft_guide_base<draft_guide<cuda>, cuda> {
+  using base = detail::draft_guide_base<draft_guide<cuda>, cuda>;
+
  public:
+  using base::after_verify;
+  using base::before_verify;
+
   draft_guide() = default;
   /// Uploads the mixture, waiting for the device. \throws contract_error when the alignment is inconsistent
-  draft_guide(const alignment& from, const selection_rule& rule) : draft_guide_memory(from, rule) {}
+  draft_guide(const alignment& from, const selection_rule& rule) : base(from, rule) {}
 
   template <storage T>
-  void before_verify(context<cuda>& ctx, round_state<T, cuda>& round) {
+  void before_verify(context<cuda>& ctx, round_state<T, cuda>& round, memory& m) {
     const std::int32_t sequences = round.sequences();
     const std::ptrdiff_t lists = std::ptrdiff_t{groups_} * sequences;
-    const std::ptrdiff_t steps = max_rows_ > 1 ? round.draft_weights.extent(0) : 1;
-    find_lengths(ctx, round);
-    const view<fp16, 3, cuda> out(importance_.data(), {lists, steps, round.max_kv_len});
-    weigh(ctx, round, out);
+    const std::ptrdiff_t steps = m.max_rows > 1 ? round.draft_weights.extent(0) : 1;
+    find_lengths(ctx, round, m);
+    const view<fp16, 3, cuda> out(m.importance.data(), {lists, steps, round.max_kv_len});
+    weigh(ctx, round, out, m);
     importance<fp16, cuda> from;
     from.weights = out;
-    from.kv_lens = lengths_.shaped({lists});
+    from.kv_lens = m.lengths.shaped({lists});
     select(ctx, from, rule_for(steps), round.kept);
   }
 
   template <storage T>
-  void after_verify(context<cuda>& ctx, round_state<T, cuda>& round) {
+  void after_verify(context<cuda>& ctx, round_state<T, cuda>& round, memory& m) {
     if (!mixture_.signals.history) return;
     const detail::history_launch launch{round.target_weights,
                                         round.kept,
@@ -116,19 +122,19 @@ class draft_guide<cuda> : public detail::draft_guide_memory<cuda> {
                                         round.rows,
                                         round.slots,
                                         round.kv_heads,
-                                        history_weights_.data(),
-                                        history_positions_.data(),
-                                        history_counts_.data(),
-                                        max_positions_};
+                                        m.history_weights.data(),
+                                        m.history_positions.data(),
+                                        m.history_counts.data(),
+                                        m.max_positions};
     const dim3 grid(static_cast<unsigned>(groups_), static_cast<unsigned>(round.sequences()));
     detail::start_kernel(ctx, detail::remember_kernel, grid, detail::guide_threads, launch, "draft_guide");
   }
 
  private:
   template <storage T>
-  void find_lengths(context<cuda>& ctx, const round_state<T, cuda>& round) {
-    const detail::group_lengths_launch launch{round.kv_lens,  round.fresh,     round.layers,
-                                              round.kv_heads, lengths_.data(), history_counts_.data(),
+  void find_lengths(context<cuda>& ctx, const round_state<T, cuda>& round, memory& m) {
+    const detail::group_lengths_launch launch{round.kv_lens,  round.fresh,      round.layers,
+                                              round.kv_heads, m.lengths.data(), m.history_counts.data(),
                                               round.rows};
     const std::ptrdiff_t lists = std::ptrdiff_t{groups_} * round.sequences();
     const dim3 grid(static_cast<unsigned>((lists - 1) / detail::guide_threads + 1));
@@ -136,11 +142,11 @@ class draft_guide<cuda> : public detail::draft_guide_memory<cuda> {
   }
 
   template <storage T>
-  void weigh(context<cuda>& ctx, const round_state<T, cuda>& round, view<fp16, 3, cuda> out) {
+  void weigh(context<cuda>& ctx, const round_state<T, cuda>& round, view<fp16, 3, cuda> out, memory& m) {
     importance_args<cuda, fp16, fp16> args;
     args.draft_weights = round.draft_weights;
     args.masses = round.draft_masses;
-    args.history = history_of(round.rows);
+    args.history = history_of(m, round.rows);
     args.kv_len = round.max_kv_len;
     args.length = round.kv_lens;
     args.separate_steps = out.extent(1) > 1;

@@ -98,8 +98,8 @@ struct kept_launch {
   std::int32_t own_layers, own_kv_heads;
 };
 
-/// Lists that are reused take in the positions since. The first layers, and sequences whose round is dense, keep
-/// everything. A warp takes a list.
+/// Lists that are reused take in the positions since. The first layers, and sequences whose round is dense or whose draft
+/// failed, keep everything. A warp takes a list.
 static __global__ void __launch_bounds__(record_threads)
     settle_lists_kernel(const __grid_constant__ kept_launch launch) {
   const auto g = static_cast<std::int32_t>(blockIdx.x * (record_threads / 32) + threadIdx.x / 32);
@@ -109,7 +109,8 @@ static __global__ void __launch_bounds__(record_threads)
   const std::int32_t layer = g / launch.kv_heads / r.sequences, s = g / launch.kv_heads % r.sequences;
   if (r.reuse) grow_list(launch.kept, g, launch.selected[g], r.recorded_lens[s] - 1, r.prefix_lens[s], lane, 32);
   if (lane != 0) return;
-  if (layer < launch.dense_layers || r.input[s].dense != 0) launch.kept.counts[g] = keep_all;
+  if (layer < launch.dense_layers || r.input[s].dense != 0 || judged_drafts(r, s) < r.input[s].drafts)
+    launch.kept.counts[g] = keep_all;
   if (!r.reuse) launch.selected[g] = launch.kept.counts[g];
 }
 
@@ -152,10 +153,13 @@ static __global__ void __launch_bounds__(32) report_kernel(const __grid_constant
                                       i % launch.own_kv_heads];
     out.draft_left_out = warp_sum(left_out);
   }
-  out.accepted = r.accepted[s];
   out.next = r.next[s];
-  for (std::int32_t i = 0; i < r.input[s].drafts; ++i) out.undrafted |= r.drafted[s * r.drafts + i] < 0 ? 1 : 0;
-  if (threadIdx.x == 0) r.output[s] = out;
+  out.accepted = out.next == no_token ? -1 : r.accepted[s];
+  out.drafted = judged_drafts(r, s);
+  __syncwarp();
+  if (threadIdx.x != 0) return;
+  r.accepted[s] = out.accepted;  // guides are told too
+  r.output[s] = out;
 }
 
 }  // namespace specattn::inline v0_1::detail

@@ -23,7 +23,7 @@ struct round_state<T, cuda> {
   view<const std::int32_t, 1, cuda> rows;      ///< [sequences] cache_rows on the device
   view<const std::int32_t, 1, cuda> kv_lens;   ///< [sequences] prefix of the verify pass
   view<const std::int32_t, 1, cuda> fresh;     ///< [sequences] 1: the first round of what stands in this cache row
-  view<const std::int32_t, 1, cuda> accepted;  ///< [sequences] valid in after_verify
+  view<const std::int32_t, 1, cuda> accepted;  ///< [sequences] valid in after_verify; -1: void
   /// As on the cpu, in multiples of recorded_unit<cuda>; every sequence has recorded every step.
   view<const fp16, 5, cuda> draft_weights;
   view<const float, 4, cuda> draft_masses;

@@ -96,7 +96,7 @@ class round_exchange {
   const sequence_output& heard(std::int32_t s) const { return output_[static_cast<std::size_t>(s)]; }
   /// The tokens drafted for a sequence that were judged, of a round that drafted `drafts`.
   std::span<const std::int32_t> drafted(std::int32_t s, std::int32_t drafts) const {
-    return {drafted_.data() + std::ptrdiff_t{s} * drafts, static_cast<std::size_t>(told(s).drafts)};
+    return {drafted_.data() + std::ptrdiff_t{s} * drafts, static_cast<std::size_t>(heard(s).drafted)};
   }
 
  private:

@@ -30,10 +30,10 @@ struct sequence_input {
 struct sequence_output {
   std::int64_t rows_read;       ///< KV rows of the verify pass, metadata aside
   std::int64_t draft_left_out;  ///< KV rows that a step of a sparse draft does not read
-  std::int32_t accepted;
+  std::int32_t accepted;        ///< -1: the round is void for it, its logits hold no finite value
   std::int32_t next;
-  std::int32_t dense;      ///< 1: nothing was left out
-  std::int32_t undrafted;  ///< 1: some draft step had no token to draw
+  std::int32_t dense;    ///< 1: nothing was left out
+  std::int32_t drafted;  ///< tokens that were judged: all, or those before the first that could not be drawn
 };
 
 /// Device arrays of a round. `sequences`, `drafts`, `listed` and `reuse` are fixed when a round is captured.
@@ -72,6 +72,13 @@ struct round_arrays {
 
 inline constexpr int layout_threads = 128;
 
+/// Tokens of a sequence that are judged: as many as it drafts, or those before the first that could not be drawn.
+SPECATTN_HD inline std::int32_t judged_drafts(const round_arrays& r, std::int32_t s) {
+  std::int32_t count = 0;
+  while (count < r.input[s].drafts && r.drafted[s * r.drafts + count] >= 0) ++count;
+  return count;
+}
+
 /// The verify pass's layout, but for the drafted tokens. One CTA.
 static __global__ void __launch_bounds__(layout_threads) begin_round_kernel(const __grid_constant__ round_arrays r) {
   const std::int32_t slots = r.slots();
@@ -97,7 +104,7 @@ struct draft_step_launch {
   std::int32_t step;
 };
 
-/// A token that could not be drawn stands for 0 in the passes behind it; the host refuses the round.
+/// A token that could not be drawn stands for 0 in the passes after it, whose tokens verify() does not take.
 SPECATTN_HD inline std::int32_t token_or_zero(std::int32_t token) { return token < 0 ? 0 : token; }
 
 /// The first step feeds what the draft has not cached yet (one token, or two after a fully accepted round) and is padded

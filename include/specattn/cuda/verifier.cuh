@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <concepts>
 #include <cstddef>
 #include <cstdint>
 
@@ -23,12 +22,13 @@
 namespace specattn::inline v0_1::detail {
 
 /// Used by decoder. All work is queued, and captured with the rest of the round.
-template <storage T, class Target, class Guide>
+template <storage T, class Target>
 class device_verifier {
  public:
-  device_verifier(Target& target, Guide& guide, const decode_options& options, const decode_sizes& sizes)
+  /// \param guided the target may read a selection
+  device_verifier(Target& target, const decode_options& options, const decode_sizes& sizes, const guide_needs& needs,
+                  bool guided)
       : target_(&target),
-        guide_(&guide),
         shape_(target.shape()),
         dense_layers_(options.dense_layers),
         capacity_(sizes.recording_capacity),
@@ -37,7 +37,7 @@ class device_verifier {
       kept_ = selection<cuda>(sizes.target_groups, sizes.positions);
       selected_ = buffer<std::int32_t, cuda>(static_cast<std::size_t>(sizes.target_groups));
     }
-    if (guide.needs().target_weights) weights_ = buffer<float, cuda>(sizes.target_weights);
+    if (needs.target_weights) weights_ = buffer<float, cuda>(sizes.target_weights);
     const auto vocab = static_cast<std::size_t>(shape_.vocab);
     logits_ = buffer<float, cuda>(static_cast<std::size_t>(sizes.judged) * vocab);
     probabilities_ = buffer<float, cuda>(static_cast<std::size_t>(sizes.sequences) *
@@ -49,8 +49,7 @@ class device_verifier {
     const std::int32_t slots = (std::max)(sizes.verify_slots, prefill_chunk);
     const attend_shape pass{sizes.sequences, slots,           shape_.q_heads,
                             shape_.kv_heads, shape_.head_dim, sizes.positions};
-    return (std::max)({attend_workspace_bytes(ctx, pass), guide_->workspace_bytes(ctx),
-                       verify_workspace_bytes(ctx, sizes.judged, shape_.vocab)});
+    return (std::max)(attend_workspace_bytes(ctx, pass), verify_workspace_bytes(ctx, sizes.judged, shape_.vocab));
   }
 
   Target& model() { return *target_; }
@@ -109,13 +108,11 @@ class device_verifier {
     return lists;
   }
 
-  /// \pre the guide is one
-  void choose_rows(context<cuda>& ctx, round_state<T, cuda>& state, const kept_launch& lists) {
-    if constexpr (guided) {
-      if (!lists.round.reuse) guide_->before_verify(ctx, state);
-      const dim3 grid(blocks_of(state.kept.groups(), record_threads / 32));
-      start_kernel(ctx, settle_lists_kernel, grid, record_threads, lists, "decode");
-    }
+  template <class Guide>
+  void choose_rows(context<cuda>& ctx, Guide& guide, round_state<T, cuda>& state, const kept_launch& lists) {
+    if (!lists.round.reuse) guide.before_verify(ctx, state);
+    const dim3 grid(blocks_of(state.kept.groups(), record_threads / 32));
+    start_kernel(ctx, settle_lists_kernel, grid, record_threads, lists, "decode");
   }
 
   void run(context<cuda>& ctx, const round_arrays& round, const round_state<T, cuda>& state, bool sparse) {
@@ -143,10 +140,7 @@ class device_verifier {
   }
 
  private:
-  static constexpr bool guided = !std::same_as<Guide, no_guide>;
-
   Target* target_;
-  Guide* guide_;
   model_shape shape_;
   std::int32_t dense_layers_;
   std::ptrdiff_t capacity_;  // of a recorded row
