@@ -121,7 +121,7 @@ TEST_CASE("decode: whatever throws once, wherever, the texts are what they would
     fault_plan none;
     std::vector<text_of_row> wanted;
     with_decoder(f, none, setting, [&](auto& decoder) { wanted = decode_with_faults(decoder, none, setting); });
-    REQUIRE(none.seen > 100);
+    REQUIRE(none.seen > 50);
     std::int64_t tried = 0;
     for (std::int64_t at = offset++ % decode_fixture::fault_stride; at < none.seen;
          at += decode_fixture::fault_stride) {
@@ -134,7 +134,7 @@ TEST_CASE("decode: whatever throws once, wherever, the texts are what they would
       CHECK(plan.struck());
       ++tried;
     }
-    CHECK(tried > 10);
+    CHECK(tried >= 50 / decode_fixture::fault_stride);
   }
 }
 

@@ -2,26 +2,22 @@
 #pragma once
 
 #include <algorithm>
-#include <chrono>
-#include <cmath>
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <exception>
-#include <optional>
 #include <span>
 
 #include "decode_calls.hpp"
 #include "decode_memory.hpp"
 #include "decode_options.hpp"
+#include "decode_plan.hpp"
 #include "decode_round.hpp"
 #include "decode_state.hpp"
-#include "drafter.hpp"
 #include "guide.hpp"
 #include "kv_cache.hpp"
 #include "model.hpp"
 #include "sequence_table.hpp"
-#include "verifier.hpp"
 
 namespace specattn::inline v0_1 {
 
@@ -31,6 +27,32 @@ struct no_draft {
   template <class Context, class Batch, class Attention, class Logits>
   void forward(Context&, const Batch&, Attention&, Logits) {}
 };
+
+namespace detail {
+
+/// What a round decided for one sequence.
+struct round_result {
+  std::span<const std::int32_t> drafted;  ///< that were judged
+  std::int32_t accepted = 0;  ///< of them; -1: the round is void, the target's logits hold no finite value
+  std::int32_t next = 0;      ///< the target's own token
+  std::int32_t kv_len = 0;    ///< cached before the verify pass
+  std::int32_t slots = 0;     ///< of the verify pass
+  decode_counts rows;         ///< what was read
+};
+
+/// Runs rounds on a backend: owns both caches, the passes' arrays and the guide's memory, and changes nothing of a sequence
+/// but its rows of the caches. The members are
+///   even_drafts                                     a row with little room shortens the others' drafts
+///   prefill(row, text, to), prefill_draft(…)        caches a text up to position `to`, in one pass
+///   forget(row), publish(cache)                     the row's text has ended; pages were taken outside a round
+///   run(plan, sequences)                            may throw; then only cached positions behind a text may have changed
+///   settle(), result(s), drafts_lost(), trace()     of a round that stands
+///   draft_failure(), note_draft_failure(thrown), target_cache(), draft_cache()
+/// incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
+template <storage T, class Target, class Draft, class Guide, backend B>
+class round_engine;
+
+}  // namespace detail
 
 /// Decodes with a target, a draft and a guide that the caller owns; the decoder owns both caches, and what the guide
 /// remembers of its texts: one guide may serve several decoders.
@@ -48,6 +70,9 @@ struct no_draft {
 /// on_tokens may call add(), remove() and rewind(), and on_tokens alone: a text that was removed or rewound gets no more of
 /// its round's tokens. Every other call from inside a call is refused.
 ///
+/// On cuda (<specattn/cuda/decode.cuh>) a round is one captured graph, launched once and waited for once; see round_engine
+/// there for what differs.
+///
 /// Keys and values are stored as `T`. All memory is taken in the constructor (see decoder_bytes()), none in a round;
 /// the context's workspace is grown there once. Not thread-safe: one caller at a time.
 template <storage T, class Target, class Draft, class Guide, backend B = cpu>
@@ -55,39 +80,42 @@ template <storage T, class Target, class Draft, class Guide, backend B = cpu>
 class decoder {
  public:
   /// \throws contract_error for models that do not fit each other or the options; the message names the values
+  /// \sync   cuda: waits for the device
   decoder(context<B>& ctx, Target& target, Draft& draft, Guide& guide, const decode_options& options)
-      : ctx_(&ctx), guide_(guide), options_(options), shape_(target.shape()) {
-    sizes_ = detail::decode_sizes(shape_, draft.shape(), options_);
-    detail::check_decode(shape_, draft.shape(), options_, sizes_);
-    options_.prefill_chunk = (std::min)(options_.prefill_chunk, shape_.max_slots);
-    if (options_.draft_length > 0) {
-      options_.prefill_chunk = (std::min)(options_.prefill_chunk, draft.shape().max_slots);
-    }
-    needs_ = guide_.needs();
-    pace_ = detail::round_pace(options_, sizes_, !std::same_as<Guide, no_guide>);
-    verifier_.emplace(ctx, target, options_, sizes_, needs_);
-    if (options_.draft_length > 0) drafter_.emplace(ctx, draft, options_, sizes_, needs_.draft_weights);
-    sequences_ = detail::sequence_table(sizes_, shape_.vocab, options_.draft_length);
-    batch_ = detail::round_batch(sizes_, shape_.vocab);
-    turns_ = detail::recording_turns(sizes_.sequences);
-    delivery_ = detail::token_delivery(sizes_.sequences);
-    guide_.prepare({shape_, options_.draft_length > 0 ? draft.shape() : model_shape{}, sizes_.sequences,
-                    sizes_.positions, sizes_.verify_slots, sizes_.recorded_rows});
-    std::size_t need = (std::max)(verifier_->workspace_bytes(ctx), guide_.workspace_bytes(ctx));
-    if (drafter_) need = (std::max)(need, drafter_->workspace_bytes(ctx, sizes_.sequences));
-    ctx_->reserve_workspace(need);
-  }
+      : options_(checked(options, target.shape(), draft.shape())),
+        vocab_(target.shape().vocab),
+        sizes_(target.shape(), draft.shape(), options_, std::same_as<B, cpu>),
+        engine_(ctx, target, draft, guide, options_, sizes_),
+        sequences_(sizes_, vocab_, options_.draft_length),
+        policy_(options_, sizes_, guide.needs(), !std::same_as<Guide, no_guide>, engine::even_drafts),
+        delivery_(sizes_.sequences) {}
 
   /// Admits a sequence and prefills its prompt (both models, dense). Returns its row, which identifies it until
   /// remove(). `progress(done, total)` is called after each chunk; what it throws cancels.
   /// \throws contract_error when no row is free, the prompt is empty, too long, or holds a token outside the vocab
+  /// \sync   cuda: queued, nothing is waited for
   template <class Progress>
   std::int32_t add(const decode_request& request, Progress&& progress) {
     const auto busy = calls_.enter("add()", true);
-    return admit(request, progress, false);
+    return admit(request, [&](std::int32_t row) { prefill(row, progress, false); });
   }
   std::int32_t add(const decode_request& request) {
     return add(request, [](std::int32_t, std::int32_t) {});
+  }
+
+  /// Admits a sequence whose prompt the caller has computed elsewhere: before the next step(), the keys and values of all
+  /// its tokens but the last must stand in the returned row of target_cache() and draft_cache().
+  std::int32_t add_cached(const decode_request& request) {
+    const auto busy = calls_.enter("add_cached()", true);
+    return admit(request, [&](std::int32_t row) {
+      const auto cached = static_cast<std::int32_t>(request.prompt.size()) - 1;
+      for_caches([&](kv_cache<T, B>& cache) {
+        const std::int32_t count = (std::min)(cached, cache.shape().max_positions);
+        cache.reserve(row, count);
+        cache.advance(row, count);
+        engine_.publish(cache);
+      });
+    });
   }
 
   /// Starts a row over from the prompt it was admitted with, under another request (whose prompt is not read): what
@@ -95,21 +123,22 @@ class decoder {
   void rewind(std::int32_t row, const decode_request& request) {
     const auto busy = calls_.enter("rewind()", true);
     sequences_.rewind(row, request);
-    turns_.begin_anew();
+    policy_.begin_anew();
     roll_back(row, sequences_.at(row).prompt_length - 1);
-    guide_.forget(row);
+    engine_.forget(row);
   }
 
   /// Runs one round for every running sequence. `on_tokens(row, tokens)` receives what each sequence emitted (valid until it
   /// returns, or removes the row) and returns false to cancel it. Returns whether a sequence is running.
+  /// \sync cuda: waits for the stream
   template <class OnTokens>
   bool step(OnTokens&& on_tokens) {
     const auto busy = calls_.enter("step()", false);
-    gather_batch();
-    if (batch_.size == 0) return false;
-    run_round();
-    commit();
-    pace_.learn(trace_);
+    detail::round_plan& plan = policy_.plan(sequences_);
+    if (plan.rows.empty()) return false;
+    run(plan);
+    commit(plan);
+    policy_.learn(trace_);
     const auto delivering = calls_.deliver();
     detail::raise_failures(delivery_.deliver(sequences_, on_tokens), failed_row_, failed_position_);
     return sequences_.any_running();
@@ -125,9 +154,10 @@ class decoder {
   /// Scores a known text under the round's protocol: the first `prefill` tokens densely, the rest in rounds whose
   /// drafts are the text itself and are all accepted, so that approximate keys and values persist as in decoding.
   /// Writes -log p (natural) of every token from `prefill` on to `loss` [tokens - prefill]. No sequence may be
-  /// running.
-  decode_counts score(std::span<const std::int32_t> tokens, std::int32_t prefill, std::span<float> loss) {
-    detail::check_tokens(tokens, "score: the text", sizes_.positions, shape_.vocab);
+  /// running. On the cpu alone.
+  decode_counts score(std::span<const std::int32_t> tokens, std::int32_t prefill,
+                      std::span<float> loss) requires std::same_as<B, cpu> {
+    detail::check_tokens(tokens, "score: the text", sizes_.positions, vocab_);
     const auto length = static_cast<std::int32_t>(tokens.size());
     detail::expects(prefill >= 1 && prefill < length, "score: prefill ", prefill, " is outside 1 … ", length - 1);
     detail::expects(static_cast<std::int32_t>(loss.size()) == length - prefill, "score: ", loss.size(),
@@ -137,188 +167,139 @@ class decoder {
     const std::int32_t row = [&] {
       const auto busy = calls_.enter("score()", false);
       return admit({.prompt = tokens.first(static_cast<std::size_t>(prefill)), .max_new_tokens = length - prefill},
-                   no_progress, true);
+                   [&](std::int32_t of) { this->prefill(of, no_progress, true); });
     }();
     const detail::undo_scope end_of_text([&] {
-      batch_.forced = {};
-      loss_ = {};
+      engine_.force({}, {});
       release(row);
     });
-    batch_.forced = tokens;
-    loss_ = loss;
+    engine_.force(tokens, loss);
     while (step([](std::int32_t, std::span<const std::int32_t>) { return true; })) {
     }
     return sequences_.at(row).counts;
   }
 
+  /// Forgets the captured rounds, as a change of the guide's rule asks for. On cuda alone.
+  void recapture() requires std::same_as<B, cuda> { engine_.recapture(); }
+
   std::span<const std::int32_t> text(std::int32_t row) const { return sequences_.at(row).text; }
   finish_reason finish(std::int32_t row) const { return sequences_.at(row).finish; }
   const decode_counts& counts(std::int32_t row) const { return sequences_.at(row).counts; }
+  /// Of the last step(). On cuda its seconds are the device's, from events between the parts of a round.
   const round_trace& last_round() const { return trace_; }
   const decode_options& options() const { return options_; }
   /// What adaptive rounds have learnt of costs; null where the options are not adaptive.
-  const round_planner* planner() const { return pace_.planner(); }
+  const round_planner* planner() const { return policy_.planner(); }
   /// What the draft threw last; null: it never did.
-  std::exception_ptr draft_failure() const { return drafter_ ? drafter_->failure() : nullptr; }
-  const kv_cache<T, B>& target_cache() const { return verifier_->cache(); }
+  std::exception_ptr draft_failure() const { return engine_.draft_failure(); }
+  const kv_cache<T, B>& target_cache() const { return engine_.target_cache(); }
   /// \pre there is a draft
-  const kv_cache<T, B>& draft_cache() const { return drafter_->cache(); }
+  const kv_cache<T, B>& draft_cache() const { return *engine_.draft_cache(); }
 
  private:
-  static double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-  }
-  static double lap(double& mark) {
-    const double before = mark;
-    mark = now();
-    return mark - before;
+  using engine = detail::round_engine<T, Target, Draft, Guide, B>;
+
+  /// The options that rounds run by.
+  static decode_options checked(decode_options options, const model_shape& target, const model_shape& draft) {
+    detail::check_decode(target, draft, options, detail::decode_sizes(target, draft, options, std::same_as<B, cpu>));
+    options.prefill_chunk = (std::min)(options.prefill_chunk, target.max_slots);
+    if (options.draft_length > 0) options.prefill_chunk = (std::min)(options.prefill_chunk, draft.max_slots);
+    return options;
   }
 
-  detail::sequence_state& in_batch(std::int32_t s) { return sequences_.at(batch_.rows.data()[s]); }
-
+  template <class Use>
+  void for_caches(Use&& use) {
+    use(engine_.target_cache());
+    if (engine_.draft_cache() != nullptr) use(*engine_.draft_cache());
+  }
   /// Both caches to `cached` positions of a row, or what they hold of them; pages reserved beyond return.
   void roll_back(std::int32_t row, std::int32_t cached) {
-    const auto cut = [&](kv_cache<T, B>& cache) { cache.roll_back(row, (std::min)(cache.length(row), cached)); };
-    cut(verifier_->cache());
-    if (drafter_) cut(drafter_->cache());
+    for_caches([&](kv_cache<T, B>& cache) { cache.roll_back(row, (std::min)(cache.length(row), cached)); });
   }
   void release(std::int32_t row) {
-    verifier_->cache().clear(row);
-    if (drafter_) drafter_->cache().clear(row);
-    guide_.forget(row);
+    for_caches([&](kv_cache<T, B>& cache) { cache.clear(row); });
+    engine_.forget(row);
     sequences_.free_row(row);
   }
 
-  /// \param strict a draft that throws ends it; else the draft catches up later
-  template <class Progress>
-  std::int32_t admit(const decode_request& request, Progress& progress, bool strict) {
+  /// Takes a row and lets `fill(row)` cache its prompt; the row is free again if that throws.
+  template <class Fill>
+  std::int32_t admit(const decode_request& request, Fill&& fill) {
     const std::int32_t row = sequences_.take_row(request);
     detail::undo_scope undo([&] { release(row); });
-    const auto length = static_cast<std::int32_t>(request.prompt.size());
-    bool drafted = drafter_.has_value();
-    for (std::int32_t from = 0; from < length - 1; from += options_.prefill_chunk) {
-      const std::int32_t to = (std::min)(from + options_.prefill_chunk, length - 1);
-      verifier_->prefill(row, sequences_.at(row).text, to);
-      const std::int32_t reach = drafted ? (std::min)(to, sizes_.draft_cache.max_positions) : 0;
-      if (from < reach) {
-        const auto thrown = detail::attempt([&] { drafter_->prefill(row, sequences_.at(row).text, reach); });
-        if (thrown && strict) std::rethrow_exception(thrown);
-        if (thrown) drafter_->note_failure(thrown);
-        drafted = !thrown;
-      }
-      progress(to, length - 1);
-    }
+    fill(row);
     sequences_.at(row).active = true;
-    turns_.begin_anew();
+    policy_.begin_anew();
     undo.dismiss();
     return row;
   }
 
-  /// Drafts, guides and verifies. A round that throws has not been: both caches hold what they held, and nothing else of a
-  /// text was touched.
-  void run_round() {
+  /// \param strict a draft that throws ends it; else the draft catches up later
+  template <class Progress>
+  void prefill(std::int32_t row, Progress& progress, bool strict) {
+    const std::span<const std::int32_t> text = sequences_.at(row).text;
+    const auto end = static_cast<std::int32_t>(text.size()) - 1;
+    bool drafted = engine_.draft_cache() != nullptr;
+    for (std::int32_t from = 0; from < end; from += options_.prefill_chunk) {
+      const std::int32_t to = (std::min)(from + options_.prefill_chunk, end);
+      engine_.prefill(row, text, to);
+      const std::int32_t reach = drafted ? (std::min)(to, sizes_.draft_cache.max_positions) : 0;
+      if (from < reach) {
+        const auto thrown = detail::attempt([&] { engine_.prefill_draft(row, text, reach); });
+        if (thrown && strict) std::rethrow_exception(thrown);
+        if (thrown) engine_.note_draft_failure(thrown);
+        drafted = !thrown;
+      }
+      progress(to, end);
+    }
+  }
+
+  /// A round that throws has not been: the caches hold no more than the texts, and nothing else of a text was touched.
+  void run(detail::round_plan& plan) {
     detail::undo_scope undo([&] {
-      for (std::int32_t s = 0; s < batch_.size; ++s)
-        roll_back(batch_.rows.data()[s], static_cast<std::int32_t>(in_batch(s).text.size()) - 1);
+      for (const detail::planned_row& planned : plan.rows) roll_back(planned.row, cached_of(planned.row));
     });
-    sparse_ = pace_.choose(batch_, sequences_);
-    trace_ = {};
-    trace_.sequences = batch_.size;
-    double mark = now();
-    const std::span<const std::int32_t> rows(batch_.rows.data(), static_cast<std::size_t>(batch_.size));
-    reuse_ = batch_.longest_draft() > 0 && ((needs_.draft_weights && sparse_) || options_.sparse_draft) &&
-             turns_.may_reuse(options_.record_every, rows, sparse_);
-    batch_.begin_drafts();
-    if (drafter_) drafter_->run(batch_, sequences_, turns_.may_continue(rows), reuse_);
-    if (!batch_.forced.empty() && batch_.any_failed()) std::rethrow_exception(drafter_->failure());
-    trace_.draft_seconds = lap(mark);
-    verifier_->lay_out(batch_, sequences_, sparse_);
-    verifier_->choose_rows(guide_, batch_, drafter_ ? &*drafter_ : nullptr, reuse_ && needs_.draft_weights);
-    trace_.guide_seconds = lap(mark);
-    verifier_->run(guide_, batch_);
-    trace_.verify_seconds = lap(mark);
-    if (batch_.forced.empty())
-      verifier_->judge(batch_, sequences_);
-    else
-      verifier_->judge_forced(batch_, in_batch(0), loss_);
-    trace_.accept_seconds = lap(mark);
-    guide_.after_verify(*ctx_, verifier_->state());
-    trace_.guide_seconds += lap(mark);
+    engine_.run(plan, sequences_);
     undo.dismiss();
   }
 
   /// Takes the round over, for every sequence whose logits could be judged.
-  void commit() {
-    double mark = now();
-    const round_state<T, B>& state = verifier_->state();
-    turns_.take(state.cache_rows, batch_.longest_draft() > 0, sparse_, verifier_->any_dense(), reuse_);
-    if (batch_.any_failed()) turns_.begin_anew();
-    if (drafter_) drafter_->select_own(batch_);
-    trace_.draft_seconds += lap(mark);
+  void commit(const detail::round_plan& plan) {
+    policy_.take(plan, engine_.drafts_lost());
+    engine_.settle();
+    trace_ = engine_.trace();
+    trace_.sequences = plan.size();
     delivery_.clear();
     failed_row_ = -1;
-    for (std::int32_t s = 0; s < batch_.size; ++s) {
-      const std::int32_t row = batch_.rows.data()[s], accepted = state.accepted[static_cast<std::size_t>(s)];
-      detail::sequence_state& seq = in_batch(s);
+    for (std::int32_t s = 0; s < plan.size(); ++s) {
+      const std::int32_t row = plan.rows[static_cast<std::size_t>(s)].row;
+      detail::sequence_state& seq = sequences_.at(row);
       const auto before = static_cast<std::int32_t>(seq.text.size());
-      if (accepted >= 0) {
-        trace_.counts +=
-            detail::commit_round(seq, batch_.drafted_of(s), accepted, verifier_->next_token(s), rows_of(s),
-                                 state.kv_lens[static_cast<std::size_t>(s)], verifier_->slots_of(s));
+      const detail::round_result result = engine_.result(s);
+      if (result.accepted >= 0) {
+        trace_.counts += detail::commit_round(seq, result.drafted, result.accepted, result.next, result.rows,
+                                              result.kv_len, result.slots);
+        if (plan.sparse) seq.fresh = false;
         delivery_.note(row, seq, before);
       } else if (failed_row_ < 0) {
         failed_row_ = row;
         failed_position_ = before;
       }
-      roll_back(row, static_cast<std::int32_t>(seq.text.size()) - 1);
-    }
-    trace_.accept_seconds += lap(mark);
-  }
-
-  /// What the round read for one sequence.
-  decode_counts rows_of(std::int32_t s) const {
-    const round_state<T, B>& state = verifier_->state();
-    const std::int32_t kv_len = state.kv_lens[static_cast<std::size_t>(s)];
-    decode_counts rows = detail::rows_read(state, s, verifier_->slots_of(s), guide_.metadata_rows(kv_len));
-    rows += batch_.draft_counts.data()[s];
-    rows.reused_rounds = reuse_ && (rows.dense_rounds == 0 || options_.sparse_draft) ? 1 : 0;
-    rows.draft_failures = batch_.failed.data()[s];
-    return rows;
-  }
-
-  /// Running sequences, and how much each may draft: no further than its limit, the context and the draft's reach.
-  void gather_batch() {
-    batch_.size = 0;
-    batch_.judged_offsets.data()[0] = 0;
-    for (std::int32_t row = 0; row < sizes_.sequences; ++row) {
-      if (!sequences_.runs(row)) continue;
-      const detail::sequence_state& seq = sequences_.at(row);
-      const auto length = static_cast<std::int32_t>(seq.text.size());
-      const std::int32_t wanted = seq.max_new_tokens - (length - seq.prompt_length) - 1;
-      const std::int32_t reach = sizes_.draft_cache.max_positions - length + 1;
-      const std::int32_t s = batch_.size++;
-      batch_.rows.data()[s] = row;
-      batch_.draft_length(s) =
-          (std::max)(0, (std::min)({seq.draft_length, wanted, sizes_.positions - length, drafter_ ? reach : 0}));
-      batch_.judged_offsets.data()[s + 1] = batch_.judged_offsets.data()[s] + batch_.draft_length(s) + 1;
+      roll_back(row, cached_of(row));
     }
   }
 
-  context<B>* ctx_;
-  detail::held_guide<Guide> guide_;
+  /// Between rounds all of a text is cached but its last token.
+  std::int32_t cached_of(std::int32_t row) const {
+    return static_cast<std::int32_t>(sequences_.at(row).text.size()) - 1;
+  }
+
   decode_options options_;
-  model_shape shape_;
+  std::int32_t vocab_;
   detail::decode_sizes sizes_;
-  guide_needs needs_;
-  std::optional<detail::verifier<T, Target, B>> verifier_;
-  std::optional<detail::drafter<T, Draft, B>> drafter_;
+  engine engine_;
   detail::sequence_table sequences_;
-  detail::round_batch batch_;
-  detail::round_pace pace_;
-  detail::recording_turns turns_;
-  bool sparse_ = true;  // this round's pace
-  bool reuse_ = false;  // this round reads what one before has selected
-  std::span<float> loss_;
+  detail::round_policy policy_;
   round_trace trace_;
   detail::call_guard calls_;
   detail::token_delivery delivery_;

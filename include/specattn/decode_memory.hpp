@@ -19,7 +19,7 @@ namespace specattn::inline v0_1 {
 template <storage T, backend B = cpu>
 decode_memory decoder_bytes(const model_shape& target, const model_shape& draft, const decode_options& options,
                             guide_needs needs) {
-  const detail::decode_sizes sizes(target, draft, options);
+  const detail::decode_sizes sizes(target, draft, options, std::same_as<B, cpu>);
   const auto vocab = static_cast<std::size_t>(target.vocab);
   decode_memory memory;
   memory.target_cache = kv_cache<T, B>::bytes(sizes.target_cache);

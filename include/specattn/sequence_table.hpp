@@ -109,6 +109,8 @@ class sequence_table {
     seq.draft_length = request.draft_length < 0 ? draft_length_ : request.draft_length;
     seq.sampler = request.sampler;
     seq.rounds_since_refresh = 0;
+    seq.refreshed = false;
+    seq.fresh = true;
     seq.exact_length = seq.prompt_length - 1;
     seq.counts = {};
     seq.finish = request.max_new_tokens > 0 ? finish_reason::running : finish_reason::length;

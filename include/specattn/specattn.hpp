@@ -16,6 +16,7 @@
 #include "cpu/mask_union.hpp"
 #include "cpu/page_guide.hpp"
 #include "cpu/recompute.hpp"
+#include "cpu/round.hpp"
 #include "cpu/select.hpp"
 #include "cpu/verify.hpp"
 #include "decode.hpp"

@@ -6,9 +6,9 @@
 #include <cstdint>
 #include <span>
 
-#include "buffer.hpp"
-#include "model.hpp"
-#include "selection.hpp"
+#include "../buffer.hpp"
+#include "../model.hpp"
+#include "../selection.hpp"
 
 namespace specattn::inline v0_1::detail {
 

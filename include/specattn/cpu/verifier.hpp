@@ -7,17 +7,17 @@
 #include <cstdint>
 #include <span>
 
-#include "attention_pass.hpp"
-#include "decode_options.hpp"
-#include "decode_round.hpp"
-#include "decode_state.hpp"
-#include "guide.hpp"
+#include "../attention_pass.hpp"
+#include "../decode_options.hpp"
+#include "../decode_state.hpp"
+#include "../guide.hpp"
+#include "../kv_cache.hpp"
+#include "../model.hpp"
+#include "../select.hpp"
+#include "../sequence_table.hpp"
+#include "../verify.hpp"
 #include "kept_lists.hpp"
-#include "kv_cache.hpp"
-#include "model.hpp"
-#include "select.hpp"
-#include "sequence_table.hpp"
-#include "verify.hpp"
+#include "round_batch.hpp"
 
 namespace specattn::inline v0_1::detail {
 
@@ -71,19 +71,16 @@ class verifier {
   }
 
   /// A sequence's slots: positions to rewrite (when it is refreshed), its last token, its drafted tokens.
-  void lay_out(const round_batch& batch, const sequence_table& sequences, bool sparse) {
+  void lay_out(const round_plan& plan, const round_batch& batch, const sequence_table& sequences) {
     pass_.clear();
     for (std::int32_t s = 0; s < batch.size; ++s) {
-      const std::int32_t row = batch.rows.data()[s];
-      const sequence_state& seq = sequences.at(row);
+      const planned_row& planned = plan.rows[static_cast<std::size_t>(s)];
+      const sequence_state& seq = sequences.at(planned.row);
       const auto length = static_cast<std::int32_t>(seq.text.size());
-      const bool refresh = options_.refresh_every > 0 && seq.rounds_since_refresh >= options_.refresh_every &&
-                           seq.exact_length < length - 1;
-      if (refresh) cache_.roll_back(row, seq.exact_length);
-      const std::int32_t kv_len = cache_.length(row);
+      if (planned.refresh) cache_.roll_back(planned.row, seq.exact_length);
+      const std::int32_t kv_len = cache_.length(planned.row);
       replayed_.data()[s] = length - 1 - kv_len;
-      dense_.data()[s] = refresh || !sparse || kv_len < options_.min_context ||
-                         (needs_.draft_weights && (batch.draft_length(s) == 0 || batch.failed.data()[s] != 0));
+      dense_.data()[s] = planned.dense || !plan.sparse || (needs_.draft_weights && batch.failed.data()[s] != 0);
       pass_.begin_sequence(kv_len);
       for (std::int32_t i = kv_len; i < length; ++i) {
         pass_.add_slot(seq.text[static_cast<std::size_t>(i)], i, i == length - 1);
@@ -165,10 +162,6 @@ class verifier {
     }
     accepted_.data()[0] = drafted;
     next_.data()[0] = batch.forced[length + static_cast<std::size_t>(drafted)];
-  }
-
-  bool any_dense() const {
-    return std::any_of(dense_.data(), dense_.data() + pass_.sequences, [](std::uint8_t dense) { return dense != 0; });
   }
 
   std::int32_t slots_of(std::int32_t s) const {

@@ -6,17 +6,19 @@
 #include <cstdint>
 #include <exception>
 #include <span>
+#include <utility>
 
-#include "attention_pass.hpp"
-#include "decode_options.hpp"
-#include "decode_state.hpp"
+#include "../attention_pass.hpp"
+#include "../decode_options.hpp"
+#include "../decode_state.hpp"
+#include "../kv_cache.hpp"
+#include "../model.hpp"
+#include "../query_memory.hpp"
+#include "../select.hpp"
+#include "../sequence_table.hpp"
+#include "../verify.hpp"
 #include "kept_lists.hpp"
-#include "kv_cache.hpp"
-#include "model.hpp"
-#include "query_memory.hpp"
-#include "select.hpp"
-#include "sequence_table.hpp"
-#include "verify.hpp"
+#include "round_batch.hpp"
 
 namespace specattn::inline v0_1::detail {
 
@@ -96,9 +98,8 @@ class drafter {
     }
     if (batch.any_failed()) batch.close_gaps(shape_.vocab);
   }
-  /// What the draft threw last; null: it never did.
-  const std::exception_ptr& failure() const { return failure_; }
-  void note_failure(const std::exception_ptr& thrown) { failure_ = thrown; }
+  /// What the draft threw since this was last asked; null: nothing.
+  std::exception_ptr take_failure() { return std::exchange(failure_, nullptr); }
 
   /// Once the round stands: selects what the next rounds' steps read, from this round's weights. Before, a round that is
   /// given up must find the lists it began with.
