@@ -35,6 +35,45 @@ TEST_CASE("kv_cache: rows appended by a team of threads are the rows appended by
   CHECK(different == 0);
 }
 
+TEST_CASE("kv_cache: a batch of which one sequence does not fit takes no page and writes nothing, in any layout") {
+  cpu_fixture fixture;
+  auto& ctx = fixture.context();
+  std::vector<float> numbers(20 * 2 * 4, 3.0f), queries(20 * 2 * 4, 1.0f), frequencies(2, 0.5f);
+  const specattn::view<float, 3> q(queries.data(), {20, 2, 4});
+  const specattn::view<const float, 3> rows(numbers.data(), {20, 2, 4});
+  std::vector<std::int32_t> offsets, lens, cache_rows, positions(20, 1);
+  const specattn::rotary_view<specattn::cpu> rotary{{positions.data(), {20}}, {frequencies.data(), {2}}};
+  for (const std::int32_t page_size : {0, 4}) {
+    CAPTURE(page_size);
+    const std::int32_t pages = page_size == 0 ? 0 : 4;
+    specattn::kv_cache<float> cache({3, 1, 2, 4, 18, page_size, pages});
+    const auto untouched = [&] {
+      const auto layer = cache.layer(0);
+      return std::all_of(layer.keys, layer.keys + 16 * 2 * 4, [](float x) { return x == 0.0f; }) &&
+             cache.free_pages() == pages && cache.capacity(0) == (page_size == 0 ? 18 : 0);
+    };
+    const auto refused = [&](std::vector<std::int32_t> at, std::vector<std::int32_t> lengths,
+                             std::vector<std::int32_t> of, const char* part) {
+      offsets = at, lens = lengths, cache_rows = of;
+      const auto n = static_cast<std::ptrdiff_t>(lens.size());
+      const specattn::pass_layout<specattn::cpu> layout{
+          {offsets.data(), {n + 1}}, {lens.data(), {n}}, {cache_rows.data(), {n}}};
+      CHECK_THROWS_WITH_AS(cache.append(ctx, 0, layout, rows, rows), doctest::Contains(part), contract_error);
+      CHECK(untouched());
+      CHECK_THROWS_WITH_AS(cache.append_rotated(ctx, 0, layout, q, rows, rows, rotary), doctest::Contains(part),
+                           contract_error);
+      CHECK(untouched());
+      CHECK(queries == std::vector<float>(20 * 2 * 4, 1.0f));
+    };
+    refused({0, 4, 20}, {0, 3}, {0, 1}, "row 1 holds 0 positions, 16 were appended at 3");
+    refused({0, 4, 8}, {0, 0}, {0, 3}, "row 3 of 3");
+    refused({0, 4, 8}, {0, -1}, {0, 1}, "4 were appended at -1");
+    refused({0, 4, 21}, {0, 0}, {0, 1}, "slots 4 … 21 of 20 by sequence 1");
+    if (page_size > 0)
+      refused({0, 4, 12, 20}, {0, 0, 0}, {0, 1, 2}, "3 sequences need 5 more pages of 4 positions, 4");
+  }
+}
+
 TEST_CASE("rotary oracle: a quarter turn swaps the pair, turns add up, and position 0 changes nothing") {
   const std::vector<double> head = {1.0, 2.0, 3.0, 4.0}, frequencies = {std::acos(0.0), 0.3};
   const auto quarter = oracle::rotated(head, 1, frequencies);

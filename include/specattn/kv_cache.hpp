@@ -39,12 +39,13 @@ struct kv_cache_impl;
 
 /// Keys and values of `sequences` cache rows over all layers, with the bookkeeping of lengths and pages on the
 /// host. A sequence's length counts cached rows; its next position counts text (they part after keep()).
-/// Errors leave the cache unchanged. Nothing is allocated after construction.
+/// Errors leave the cache unchanged, a batch's too: nothing is written and no page taken for any of its sequences.
+/// Nothing is allocated after construction.
 template <storage T, backend B = cpu>
 class kv_cache {
  public:
   /// Bytes of keys, values and block table that a cache of this shape allocates, known before it is made. (The
-  /// bookkeeping on the host adds 24 bytes a row and 4 for each page and block table entry.)
+  /// bookkeeping on the host adds 64 bytes a row and 4 for each page and block table entry.)
   static std::size_t bytes(const kv_cache_shape& shape) {
     const detail::kv_cache_layout layout(shape);
     return 2 * static_cast<std::size_t>(layout.elements) * sizeof(T) +
@@ -95,6 +96,14 @@ class kv_cache {
   std::size_t allocated_bytes() const { return keys_.bytes() + values_.bytes() + table_.bytes(); }
   std::int32_t length(std::int32_t row) const { return checked(row, "length").length; }
   std::int32_t next_position(std::int32_t row) const { return checked(row, "next_position").next_position; }
+  /// Counts what dropped or moved positions of a row: roll_back(), clear(), keep(). Their places may be written anew.
+  std::uint64_t generation(std::int32_t row) const { return checked(row, "generation").generation; }
+  /// Positions of a row below the result hold what they held at that generation, if they were cached then. What is
+  /// derived from keys, like the boxes of page_guide, stays in step by it. Exact over the last eight generations; 0 for
+  /// older ones.
+  std::int32_t unchanged_since(std::int32_t row, std::uint64_t generation) const {
+    return (std::min)(checked(row, "unchanged_since").unchanged_since(generation), shape_.max_positions);
+  }
   /// Positions that fit a row without another page.
   std::int32_t capacity(std::int32_t row) const {
     const std::int64_t room = static_cast<std::int64_t>(checked(row, "capacity").pages) * layout_.page_positions;
@@ -150,10 +159,11 @@ class kv_cache {
     check_rows(k, v);
     check_layout(layout);
     if constexpr (std::is_same_v<B, cpu>) {
-      for_sequences(ctx, layout, [&](std::int32_t row, std::int32_t to, std::int32_t first, std::int32_t count) {
-        detail::kv_cache_impl<B>::write(ctx, this->layer(layer), row, to, k.slice(first, count),
-                                        v.slice(first, count));
-      });
+      for_sequences(ctx, layout, k.extent(0),
+                    [&](std::int32_t row, std::int32_t to, std::int32_t first, std::int32_t count) {
+                      detail::kv_cache_impl<B>::write(ctx, this->layer(layer), row, to, k.slice(first, count),
+                                                      v.slice(first, count));
+                    });
     } else {
       publish(ctx);
       detail::kv_cache_impl<B>::write(ctx, this->layer(layer), layout, k, v);
@@ -184,11 +194,12 @@ class kv_cache {
                     "kv_cache: append_rotated of q [", q.extent(0), ", ", q.extent(1), ", ", q.extent(2),
                     "] to kept_q [", kept_q.extent(0), ", ", kept_q.extent(1), ", ", kept_q.extent(2), "]");
     if constexpr (std::is_same_v<B, cpu>) {
-      for_sequences(ctx, layout, [&](std::int32_t row, std::int32_t to, std::int32_t first, std::int32_t count) {
-        detail::kv_cache_impl<B>::write_rotated(ctx, this->layer(layer), row, to, k.slice(first, count),
-                                                v.slice(first, count),
-                                                {rotary.positions.slice(first, count), rotary.inverse_frequencies});
-      });
+      for_sequences(ctx, layout, k.extent(0),
+                    [&](std::int32_t row, std::int32_t to, std::int32_t first, std::int32_t count) {
+                      detail::kv_cache_impl<B>::write_rotated(
+                          ctx, this->layer(layer), row, to, k.slice(first, count), v.slice(first, count),
+                          {rotary.positions.slice(first, count), rotary.inverse_frequencies});
+                    });
       detail::kv_cache_impl<B>::rotate(ctx, q, rotary,
                                        kept_q);  // last: where a sequence does not fit, q is as it was
     } else {
@@ -217,14 +228,13 @@ class kv_cache {
     detail::expects(length >= r.compacted, "kv_cache: roll_back of row ", row, " to ", length, " inside the ",
                     r.compacted, " positions that keep() compacted");
     r.next_position -= r.length - length;
-    r.length = length;
-    free_behind(row);
+    drop_from(row, length);
   }
   /// Empties the row and frees its pages.
   void clear(std::int32_t row) {
     row_state& r = checked(row, "clear");
-    r.length = r.next_position = r.compacted = 0;
-    free_behind(row);
+    r.next_position = r.compacted = 0;
+    drop_from(row, 0);
   }
 
   /// Index-based pruning: compacts the row to `positions` (strictly ascending, < length), in every layer and kv
@@ -238,9 +248,10 @@ class kv_cache {
   /// The same with a list for each (layer, kv head): positions[(layer * kv_heads + head)]; all of one length.
   void keep(context<B>& ctx, std::int32_t row, view<const std::int32_t, 2, cpu> positions) {
     row_state& r = checked(row, "keep");
-    check_lists(positions, r.length);
+    detail::check_kept_lists(positions, std::ptrdiff_t{shape_.layers} * shape_.kv_heads, r.length);
     publish(ctx);
     detail::kv_cache_impl<B>::compact(ctx, layer(0), layout_.layer_stride, shape_.layers, row, positions);
+    r.next_generation(0);
     r.length = r.compacted = static_cast<std::int32_t>(positions.extent(1));
     free_behind(row);
   }
@@ -290,13 +301,7 @@ class kv_cache {
   }
 
  private:
-  struct row_state {
-    std::int32_t length = 0;
-    std::int32_t next_position = 0;
-    std::int32_t pages = 0;
-    std::int32_t compacted = 0;                   ///< leading positions that keep() made
-    std::int32_t stale_first = 0, stale_end = 0;  ///< entries of the block table not published yet
-  };
+  using row_state = detail::kv_cache_row;
 
   const row_state& checked(std::int32_t row, const char* operation) const {
     detail::expects(row >= 0 && row < static_cast<std::int32_t>(rows_.size()), "kv_cache: ", operation, " of row ",
@@ -322,44 +327,56 @@ class kv_cache {
         "kv_cache: append of ", layout.slot_offsets.extent(0), " slot_offsets, ", layout.sequences(), " kv_lens and ",
         layout.cache_rows.extent(0), " cache_rows");
   }
-  /// Checks that rows fit behind a sequence's length, and makes room for them. Returns the place of the first.
-  std::int32_t place_for(context<B>& ctx, std::int32_t row, std::ptrdiff_t rows, std::int32_t at) {
+  /// Checks that rows fit behind a sequence's length. Returns the pages that they need besides the row's own.
+  std::int32_t pages_for(std::int32_t row, std::ptrdiff_t rows, std::int32_t at) const {
     const row_state& r = checked(row, "append");
     detail::expects(at >= 0 && rows <= shape_.max_positions - r.length - (std::min)(at, shape_.max_positions),
                     "kv_cache: cache full: row ", row, " holds ", r.length, " positions, ", rows,
                     " were appended at ", at, " behind them, max_positions is ", shape_.max_positions);
-    const auto count = static_cast<std::int32_t>(rows);
-    if (count > 0 && r.length + at + count > capacity(row)) reserve(row, at + count);
+    const std::int32_t end = r.length + at + static_cast<std::int32_t>(rows);
+    return rows == 0 || end <= capacity(row) ? 0 : (end - 1) / layout_.page_positions + 1 - r.pages;
+  }
+  /// Makes room for them. Returns the place of the first.
+  std::int32_t place_for(context<B>& ctx, std::int32_t row, std::ptrdiff_t rows, std::int32_t at) {
+    if (pages_for(row, rows, at) > 0) reserve(row, at + static_cast<std::int32_t>(rows));
     publish(ctx);
-    return r.length + at;
+    return length(row) + at;
+  }
+  /// Refuses a layout unless all of its sequences fit, before the first of them takes a page.
+  void check_room(const pass_layout<B>& layout, std::ptrdiff_t slots) const {
+    std::int64_t need = 0;
+    for (std::int32_t s = 0; s < layout.sequences(); ++s) {
+      const std::int32_t row = layout.cache_rows[s], first = layout.slot_offsets[s],
+                         last = layout.slot_offsets[s + 1];
+      if (last <= first) continue;
+      detail::expects(first >= 0 && last <= slots, "kv_cache: append of slots ", first, " … ", last, " of ", slots,
+                      " by sequence ", s);
+      need += pages_for(row, last - first, layout.kv_lens[s] - length(row));
+    }
+    detail::expects(need <= free_pages(), "kv_cache: cache full: ", layout.sequences(), " sequences need ", need,
+                    " more pages of ", shape_.page_size, " positions, ", free_pages(), " of ", layout_.pages,
+                    " are free");
   }
   /// one(row, place, first slot, slots) for each sequence that has slots.
   template <class One>
-  void for_sequences(context<B>& ctx, const pass_layout<B>& layout, One one) {
+  void for_sequences(context<B>& ctx, const pass_layout<B>& layout, std::ptrdiff_t slots, One one) {
+    check_room(layout, slots);
     for (std::int32_t s = 0; s < layout.sequences(); ++s) {
       const std::int32_t row = layout.cache_rows[s], first = layout.slot_offsets[s];
       const std::int32_t count = layout.slot_offsets[s + 1] - first;
       if (count > 0) one(row, place_for(ctx, row, count, layout.kv_lens[s] - length(row)), first, count);
     }
   }
-  void check_lists(view<const std::int32_t, 2, cpu> positions, std::int32_t length) const {
-    const std::ptrdiff_t lists = static_cast<std::ptrdiff_t>(shape_.layers) * shape_.kv_heads;
-    detail::expects(positions.extent(0) == lists, "kv_cache: keep got ", positions.extent(0), " lists, needs ", lists,
-                    " (layers * kv_heads)");
-    const std::ptrdiff_t distinct = positions.stride(0) == 0 ? 1 : lists;
-    for (std::ptrdiff_t list = 0; list < distinct; ++list) {
-      std::int32_t previous = -1;
-      for (std::ptrdiff_t i = 0; i < positions.extent(1); ++i) {
-        const std::int32_t position = positions(list, i);
-        detail::expects(position > previous && position < length, "kv_cache: keep list ", list, " entry ", i, " is ",
-                        position, " after ", previous, " with length ", length);
-        previous = position;
-      }
-    }
-  }
   std::size_t entry(std::int32_t row, std::int32_t page) const {
     return static_cast<std::size_t>(row) * static_cast<std::size_t>(layout_.pages_a_row) +
            static_cast<std::size_t>(page);
+  }
+  /// Positions from `length` on are no longer cached.
+  void drop_from(std::int32_t row, std::int32_t length) {
+    row_state& r = rows_[static_cast<std::size_t>(row)];
+    if (length < r.length) r.next_generation(length);
+    r.length = length;
+    free_behind(row);
   }
   void free_behind(std::int32_t row) {
     if (!paged()) return;

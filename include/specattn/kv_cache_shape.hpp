@@ -1,11 +1,13 @@
-// The sizes of a cache, and what follows from them.
+// The sizes of a cache, what follows from them, and the bookkeeping of a row.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
 
 #include "error.hpp"
+#include "view.hpp"
 
 namespace specattn::inline v0_1 {
 
@@ -65,6 +67,45 @@ struct kv_cache_layout {
     size_product(s.sequences, pages_a_row);
   }
 };
+
+/// One row of a cache on the host.
+struct kv_cache_row {
+  static constexpr std::uint64_t remembered = 8;  ///< generations whose lowest dropped position is known
+
+  std::int32_t length = 0;
+  std::int32_t next_position = 0;
+  std::int32_t pages = 0;
+  std::int32_t compacted = 0;                   ///< leading positions that keep() made
+  std::int32_t stale_first = 0, stale_end = 0;  ///< entries of the block table not published yet
+  std::uint64_t generation = 0;
+  std::int32_t dropped[remembered] = {};  ///< [g % remembered] the lowest position that left in generation g
+
+  /// Positions from `lowest` on have left their places.
+  void next_generation(std::int32_t lowest) { dropped[generation++ % remembered] = lowest; }
+  /// The lowest position that left since; INT32_MAX: none did.
+  std::int32_t unchanged_since(std::uint64_t then) const {
+    if (then > generation || generation - then > remembered) return 0;
+    std::int32_t lowest = INT32_MAX;
+    for (std::uint64_t g = then; g < generation; ++g) lowest = (std::min)(lowest, dropped[g % remembered]);
+    return lowest;
+  }
+};
+
+/// Throws unless there are `lists` lists, all ascending and below a row's length.
+inline void check_kept_lists(view<const std::int32_t, 2, cpu> positions, std::ptrdiff_t lists, std::int32_t length) {
+  expects(positions.extent(0) == lists, "kv_cache: keep got ", positions.extent(0), " lists, needs ", lists,
+          " (layers * kv_heads)");
+  const std::ptrdiff_t distinct = positions.stride(0) == 0 ? 1 : lists;
+  for (std::ptrdiff_t list = 0; list < distinct; ++list) {
+    std::int32_t previous = -1;
+    for (std::ptrdiff_t i = 0; i < positions.extent(1); ++i) {
+      const std::int32_t position = positions(list, i);
+      expects(position > previous && position < length, "kv_cache: keep list ", list, " entry ", i, " is ", position,
+              " after ", previous, " with length ", length);
+      previous = position;
+    }
+  }
+}
 
 }  // namespace detail
 
