@@ -255,12 +255,10 @@ struct window_guide : idle_guide {
   void fill(Round& round, std::int32_t layer, std::int32_t s, std::int32_t h) const {
     const std::int32_t kv_len = round.kv_lens[static_cast<std::size_t>(s)];
     const std::ptrdiff_t group = round.group(layer, s, h);
-    const std::int32_t head = (std::min)(sinks, kv_len);
-    const std::int32_t tail = (std::max)(head, kv_len - recent);
-    std::int32_t count = 0;
-    for (std::int32_t i = 0; i < head; ++i) round.kept.positions(group, count++) = i;
-    for (std::int32_t i = tail; i < kv_len; ++i) round.kept.positions(group, count++) = i;
-    round.kept.counts[group] = count;
+    const std::int32_t head = std::clamp(sinks, 0, kv_len);
+    const std::int32_t tail = (std::max)(head, kv_len - std::clamp(recent, 0, kv_len));
+    for (std::int32_t i = 0; i < head; ++i) round.kept.positions(group, i) = i;
+    detail::grow_list(round.kept, group, head, tail, kv_len);
   }
 };
 

@@ -20,13 +20,14 @@ class page_guide;
 
 /// Quest (Tang et al., arXiv 2406.10774): each page of cached keys keeps its smallest and largest value of every
 /// dimension; a page's score is the largest product a query could reach inside that box, and the best pages are
-/// kept. Here for each kv head, over the largest score of the round's slots and the group's heads. The first page, the pages
-/// with the newest positions and a page that is not yet full are always kept.
+/// kept. Here for each kv head, over the largest score of the round's slots and the group's heads. The first page, the
+/// newest full one and a page that is not yet full are always kept, whatever the share. Boxes follow the cache: where it
+/// dropped positions (a roll-back, a refresh), those of their pages are made anew.
 template <>
 class page_guide<cpu> : public idle_guide {
  public:
   page_guide() = default;
-  /// \param kept_share share of the prefix's pages to keep, forced pages included, in (0, 1]
+  /// \param kept_share share of the prefix's pages to keep, in (0, 1]; those that are always kept count
   /// \param page_size  positions of a page
   explicit page_guide(float kept_share, std::int32_t page_size = 16) : share_(kept_share), page_size_(page_size) {
     detail::expects(kept_share > 0.0f && kept_share <= 1.0f, "page_guide: kept_share ", kept_share,
@@ -41,7 +42,7 @@ class page_guide<cpu> : public idle_guide {
                         static_cast<std::size_t>(shape_.kv_heads);
     boxes_ = buffer<float, cpu>(groups * static_cast<std::size_t>(max_pages_) * 2 *
                                 static_cast<std::size_t>(shape_.head_dim));
-    full_pages_.assign(groups, 0);
+    made_.assign(groups, {});
     const auto work = static_cast<std::size_t>(setup.max_sequences) * static_cast<std::size_t>(shape_.kv_heads) *
                       static_cast<std::size_t>(max_pages_);
     scores_ = buffer<float, cpu>(work);
@@ -50,7 +51,7 @@ class page_guide<cpu> : public idle_guide {
 
   void forget(std::int32_t cache_row) {
     const std::ptrdiff_t groups = std::ptrdiff_t{shape_.layers} * shape_.kv_heads;
-    std::fill_n(full_pages_.begin() + cache_row * groups, groups, 0);
+    std::fill_n(made_.begin() + cache_row * groups, groups, made_boxes{});
   }
 
   /// A page's box is two vectors: as many bytes as one position's key and value.
@@ -80,13 +81,15 @@ class page_guide<cpu> : public idle_guide {
            h;
   }
 
-  /// Boxes of the pages that became full since the last round. A full page lies below kv_len for good, since a
-  /// round never rolls back below its own prefix.
+  /// Boxes of the pages that became full since the last round, or were dropped from the cache and filled anew.
   template <storage T>
   void update_boxes(const round_state<T, cpu>& round, std::int32_t layer, std::int32_t s, std::int32_t h) {
     const std::int32_t full = round.kv_lens[static_cast<std::size_t>(s)] / page_size_;
     const std::ptrdiff_t slot = slot_of(round, layer, s, h);
-    std::int32_t& done = full_pages_[static_cast<std::size_t>(slot)];
+    const std::int32_t row = round.cache_rows[static_cast<std::size_t>(s)];
+    auto& [done, generation] = made_[static_cast<std::size_t>(slot)];
+    done = (std::min)(done, round.target_cache->unchanged_since(row, generation) / page_size_);
+    generation = round.target_cache->generation(row);
     const kv_view<T, cpu> kv = round.target_cache->layer(layer);
     for (; done < full; ++done) {
       float* low = box(slot, done);
@@ -94,7 +97,7 @@ class page_guide<cpu> : public idle_guide {
       std::fill_n(low, shape_.head_dim, std::numeric_limits<float>::infinity());
       std::fill_n(high, shape_.head_dim, -std::numeric_limits<float>::infinity());
       for (std::int32_t i = done * page_size_; i < (done + 1) * page_size_; ++i) {
-        const T* key = kv.key(round.cache_rows[static_cast<std::size_t>(s)], i, h);
+        const T* key = kv.key(row, i, h);
         for (std::int32_t d = 0; d < shape_.head_dim; ++d) {
           low[d] = (std::min)(low[d], to_float(key[d]));
           high[d] = (std::max)(high[d], to_float(key[d]));
@@ -133,32 +136,39 @@ class page_guide<cpu> : public idle_guide {
     const std::int32_t full = kv_len / page_size_;
     const std::int32_t all = (kv_len + page_size_ - 1) / page_size_;
     const auto wanted = static_cast<std::int32_t>(std::ceil(share_ * static_cast<float>(all)));
-    float* scores = scores_.data() + work;
+    const float* scores = scores_.data() + work;
     std::int32_t* order = order_.data() + work;
-    constexpr float forced = std::numeric_limits<float>::infinity();
-    if (full > 0) scores[0] = scores[full - 1] = forced;
-    const std::int32_t take = (std::min)(full, (std::max)(0, wanted - (all - full)));
-    std::iota(order, order + full, 0);
+    const std::int32_t forced = (std::min)(full, 2);  // the first and the last of the full pages
+    const std::int32_t take = std::clamp(wanted - (all - full), forced, full);
+    const std::int32_t others = (std::max)(full - 2, 0);
+    if (full > 0) order[0] = 0;
+    std::iota(order + 1, order + 1 + others, 1);
     const auto heavier = [scores](std::int32_t a, std::int32_t b) {
       return scores[a] != scores[b] ? scores[a] > scores[b] : a < b;
     };
-    if (take < full) std::nth_element(order, order + take, order + full, heavier);
-    std::sort(order, order + take);
+    if (take < full) std::nth_element(order + 1, order + 1 + (take - forced), order + 1 + others, heavier);
+    std::sort(order + 1, order + 1 + (take - forced));
+    if (full > 1) order[take - 1] = full - 1;
     std::int32_t count = 0;
     for (std::int32_t i = 0; i < take; ++i) {
       for (std::int32_t p = 0; p < page_size_; ++p) round.kept.positions(group, count++) = order[i] * page_size_ + p;
     }
-    for (std::int32_t p = full * page_size_; p < kv_len; ++p) round.kept.positions(group, count++) = p;
-    round.kept.counts[group] = count;
+    detail::grow_list(round.kept, group, count, full * page_size_, kv_len);
   }
+
+  /// Boxes of the first pages, of keys as they were at a generation of the cache's row.
+  struct made_boxes {
+    std::int32_t pages = 0;
+    std::uint64_t generation = 0;
+  };
 
   float share_ = 0.25f;
   std::int32_t page_size_ = 16;
   model_shape shape_;
   std::int32_t max_pages_ = 0;
-  buffer<float, cpu> boxes_;              // [rows, layers, kv_heads, pages, low | high, head_dim]
-  std::vector<std::int32_t> full_pages_;  // [rows, layers, kv_heads] pages whose box is made
-  buffer<float, cpu> scores_;             // [sequences, kv_heads, pages]
+  buffer<float, cpu> boxes_;      // [rows, layers, kv_heads, pages, low | high, head_dim]
+  std::vector<made_boxes> made_;  // [rows, layers, kv_heads]
+  buffer<float, cpu> scores_;     // [sequences, kv_heads, pages]
   buffer<std::int32_t, cpu> order_;
 };
 
