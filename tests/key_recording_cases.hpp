@@ -7,8 +7,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 #include <random>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "specattn/key_recording.hpp"
@@ -239,6 +241,60 @@ TEST_CASE_TEMPLATE("record_keys: keys at any address", Fixture, key_fixture) {
     CAPTURE(shift);
     equals_definition_in_all_storage(fixture, {.kv_lens = {100, 37}, .shift = shift});
   }
+}
+
+/// Weights and mass of one row whose scores stand `above` its log-sum-exp.
+template <class Fixture, specattn::storage T>
+answer far_above(Fixture& fixture, const std::vector<float>& above) {
+  problem<T> p({.steps = 1,
+                .layers = 1,
+                .kv_lens = {static_cast<std::int32_t>(above.size())},
+                .kv_heads = 1,
+                .group = 1,
+                .head_dim = 32,
+                .scale = 1.0f});
+  std::fill(p.q.begin(), p.q.end(), 0.0f);
+  std::fill(p.lse.begin(), p.lse.end(), 0.0f);
+  std::fill(p.keys.begin(), p.keys.end(), specattn::from_float<T>(0.0f));
+  p.q[p.row_of(0, 0) * 32] = 1.0f;
+  for (std::size_t i = 0; i < above.size(); ++i) p.keys[i * 32] = specattn::from_float<T>(above[i]);
+  return run(fixture, p);
+}
+
+TEST_CASE_TEMPLATE(
+    "record_keys: a score far above its log-sum-exp weighs exp of that, up to the largest stored number", Fixture,
+    key_fixture) {
+  Fixture fixture;
+  const bool on_cpu = std::is_same_v<typename Fixture::backend, specattn::cpu>;
+  const double unit = double{specattn::recorded_unit<typename Fixture::backend>};
+  const double most = on_cpu ? double{std::numeric_limits<float>::max()} : 65504.0 * unit;
+  const double beyond = on_cpu ? std::numeric_limits<double>::infinity() : most;
+  const auto check = [&]<specattn::storage T>(T) {
+    // every one once where a register's lanes are and once behind them; all are bf16's numbers
+    std::vector<float> above;
+    for (int i = 0; i < 4; ++i)
+      for (const float x : {-100.0f, -3.0f, 0.5f, 10.0f, 80.0f, 88.0f, 88.5f, 89.0f, 95.0f, 200.0f, 3.0e4f})
+        above.push_back(x);
+    const answer found = far_above<Fixture, T>(fixture, above);
+    double mass = 0.0;
+    for (std::size_t i = 0; i < above.size(); ++i) {
+      CAPTURE(above[i]);
+      const double exact = std::exp(double{above[i]}), right = exact > most ? beyond : exact;
+      if (std::isinf(right)) {
+        CHECK(found.weights[i] == right);
+      } else {
+        CHECK(std::abs(found.weights[i] - right) <= Fixture::template tolerance<T> * (right + 1e-7));
+      }
+      mass += right;
+    }
+    if (std::isinf(mass)) {
+      CHECK(found.masses[0] == mass);
+    } else {
+      CHECK(found.masses[0] == doctest::Approx(mass).epsilon(1e-3));
+    }
+  };
+  check(float{});
+  check(bf16{});
 }
 
 TEST_CASE_TEMPLATE("record_keys: the same numbers every time", Fixture, key_fixture) {

@@ -4,7 +4,9 @@
 
 #include <doctest/doctest.h>
 
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -137,6 +139,35 @@ TEST_CASE_TEMPLATE("recompute: ragged batches, some heads dense, some empty, and
     p.all.assign(5, std::vector<bool>(2, false));
     p.all[4][0] = true;
     equals_recording(fixture, p);
+  }
+}
+
+TEST_CASE_TEMPLATE("recompute: by a log-sum-exp far too small, weights are exp of the difference, or infinite",
+                   Fixture, attend_fixture) {
+  Fixture fixture;
+  auto p = random_problem<float>(pass_shape{});
+  p.record = true;
+  const auto cache = filled_cache(fixture, p);
+  const answer right = run(fixture, p, cache);
+  for (const float less : {80.0f, 88.0f, 95.0f, 200.0f}) {
+    CAPTURE(less);
+    answer a = right;
+    for (float& lse : a.lse) lse -= less;
+    a.weights = recomputed(fixture, p, a, cache);
+    int wrong = 0, infinite = 0;
+    for (std::size_t i = 0; i < a.weights.size(); ++i) {
+      if (right.weights[i] < 1e-5f) continue;  // and what is stale
+      const double exact = double{right.weights[i]} * std::exp(double{less}),
+                   most = std::numeric_limits<float>::max();
+      if (exact < 0.99 * most) {
+        wrong += std::abs(double{a.weights[i]} - exact) <= 1e-2 * exact ? 0 : 1;
+      } else if (exact > 1.01 * most) {
+        wrong += std::isinf(a.weights[i]) && a.weights[i] > 0.0f ? 0 : 1;
+        ++infinite;
+      }
+    }
+    CHECK(wrong == 0);
+    CHECK((infinite > 0) == (less > 90.0f));
   }
 }
 

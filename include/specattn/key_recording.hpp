@@ -102,7 +102,9 @@ std::size_t key_recording_workspace_bytes(const context<B>& ctx, std::ptrdiff_t 
 /// A log-sum-exp of dense attention makes them that attention's weights, and a row's mass the share of the prefix. One
 /// of sparse attention, which knows nothing of what was left out, makes them too large by one factor for a step and
 /// head, the inverse of the mass that was kept: row by row the mass tells it, but in a mean of steps it weighs each by
-/// its own. On cuda a stored weight is at most 2.
+/// its own. A weight too large for a float (a score more than 88.72 above its log-sum-exp) is +inf on the cpu, as
+/// recompute() leaves it, and so is its row's mass: select() counts it as zero and says selection_invalid_weight. On cuda a
+/// stored weight is at most 2.
 ///
 /// \pre    keys of all those positions are in the cache. On cuda nothing checks lengths, which are read when the work
 ///         runs (a captured graph follows them), but that they are cut to the recording's capacity

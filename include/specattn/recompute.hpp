@@ -66,6 +66,7 @@ void check_recompute(const recompute_args<T, B>& a) {
 /// Leaves in args.recording what attend()'s recording leaves, entry for entry, where another engine ran the pass and
 /// returned no more than its log-sum-exp: weight = exp(scale * q · k - lse), in float whatever the storage.
 ///
+/// A weight too large for a float is +inf, which only an lse of other queries and keys leaves.
 /// A row sums to one as nearly as the lse belongs to the same queries and keys: an engine that rounded queries to 16
 /// bits leaves its own error in every weight of the row. The lse must be over all that a slot attended to, its tail
 /// included.

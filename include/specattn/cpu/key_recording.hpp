@@ -95,10 +95,10 @@ class key_recording_pass {
     const bool adds = mean && step > 0;
     int i = 0;
     for (; i + lanes::width <= count; i += lanes::width) {
-      const lanes weight = exp_nonpositive(subtract(lanes::load(scores + i), lanes::broadcast(lse)));
+      const lanes weight = exp_any(subtract(lanes::load(scores + i), lanes::broadcast(lse)));
       fmadd(lanes::broadcast(share), weight, adds ? lanes::load(row + i) : lanes::zero()).store(row + i);
     }
-    for (; i < count; ++i) row[i] = share * exp_nonpositive(scores[i] - lse) + (adds ? row[i] : 0.0f);
+    for (; i < count; ++i) row[i] = share * exp_any(scores[i] - lse) + (adds ? row[i] : 0.0f);
   }
 
   void add_up(std::ptrdiff_t row, std::ptrdiff_t part, std::ptrdiff_t head) const {

@@ -313,10 +313,8 @@ inline lanes load_first(const T* p, int n) {
   return lanes::load(v);
 }
 
-/// exp(x) for x <= 0 within 1.5 units in the last place; exactly 0 below -87.3 (and for -inf), NaN for NaN.
-/// Cephes' polynomial on |r| <= ln(2) / 2.
-[[gnu::always_inline]] inline lanes exp_nonpositive(lanes x) {
-  const lanes n = round_to_whole(multiply(x, lanes::broadcast(1.44269504088896341f)));
+/// exp(x - n ln 2) where n is x / ln 2 to the nearest whole number. Cephes' polynomial on |r| <= ln(2) / 2.
+[[gnu::always_inline]] inline lanes exp_remainder(lanes x, lanes n) {
   lanes r = fmadd(n, lanes::broadcast(-0.693359375f), x);
   r = fmadd(n, lanes::broadcast(2.12194440e-4f), r);
   lanes y = lanes::broadcast(1.9875691500e-4f);
@@ -326,12 +324,31 @@ inline lanes load_first(const T* p, int n) {
   y = fmadd(y, r, lanes::broadcast(1.6666665459e-1f));
   y = fmadd(y, r, lanes::broadcast(5.0000001201e-1f));
   y = fmadd(y, multiply(r, r), r);
-  return scale_by_power(add(y, lanes::broadcast(1.0f)), n, x, -87.3f);
+  return add(y, lanes::broadcast(1.0f));
+}
+/// exp(x) for x <= 0 within 1.5 units in the last place; exactly 0 below -87.3 (and for -inf), NaN for NaN.
+[[gnu::always_inline]] inline lanes exp_nonpositive(lanes x) {
+  const lanes n = round_to_whole(multiply(x, lanes::broadcast(1.44269504088896341f)));
+  return scale_by_power(exp_remainder(x, n), n, x, -87.3f);
+}
+/// The same for any x: infinity above 88.72, where floats end.
+[[gnu::always_inline]] inline lanes exp_any(lanes x) {
+  x = subtract(lanes::zero(),
+               greater(lanes::broadcast(-89.0f), subtract(lanes::zero(), x)));  // at most 89; NaN stays
+  const lanes n = round_to_whole(multiply(x, lanes::broadcast(1.44269504088896341f)));
+  const lanes over = greater(subtract(n, lanes::broadcast(127.0f)), lanes::zero());  // 0 or 1: 2^128 is no float
+  const lanes y = scale_by_power(exp_remainder(x, n), subtract(n, over), x, -87.3f);
+  return multiply(y, add(over, lanes::broadcast(1.0f)));
 }
 /// The same for one number, so that vector and scalar code agree to the bit.
 inline float exp_nonpositive(float x) {
   alignas(64) float v[lanes::width];
   exp_nonpositive(lanes::broadcast(x)).store(v);
+  return v[0];
+}
+inline float exp_any(float x) {
+  alignas(64) float v[lanes::width];
+  exp_any(lanes::broadcast(x)).store(v);
   return v[0];
 }
 
