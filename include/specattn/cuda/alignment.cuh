@@ -70,7 +70,9 @@ class divergence_accumulator<cuda> {
         now.broken_status == detail::row_status::massless ? " has no mass"
                                                           : " holds a weight that is negative or no number");
     std::vector<double> sums(sums_.size());
-    detail::check_cuda(cudaMemcpy(sums.data(), sums_.data(), sums_.bytes(), cudaMemcpyDeviceToHost), "divergence");
+    detail::check_cuda(cudaMemcpyAsync(sums.data(), sums_.data(), sums_.bytes(), cudaMemcpyDeviceToHost, stream_),
+                       "divergence");
+    detail::check_cuda(cudaStreamSynchronize(stream_), "divergence");
     std::vector<float> means(sums.size());
     for (std::size_t i = 0; i < sums.size(); ++i) {
       const double mean = now.samples > 0 ? sums[i] / static_cast<double>(now.samples) : 0.0;
@@ -85,16 +87,13 @@ class divergence_accumulator<cuda> {
   }
   static void start(context<cuda>& ctx, void (*kernel)(detail::divergence_launch), dim3 grid,
                     const detail::divergence_launch& launch) {
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = dim3(detail::alignment_threads);
-    config.stream = ctx.stream();
-    detail::check_cuda(cudaLaunchKernelEx(&config, kernel, launch), "divergence");
+    detail::start_kernel(ctx, kernel, grid, detail::alignment_threads, launch, "divergence");
   }
   detail::divergence_state state() const {
     detail::divergence_state now{};
+    detail::check_cuda(cudaMemcpyAsync(&now, state_.data(), sizeof now, cudaMemcpyDeviceToHost, stream_),
+                       "divergence");
     detail::check_cuda(cudaStreamSynchronize(stream_), "divergence");
-    detail::check_cuda(cudaMemcpy(&now, state_.data(), sizeof now, cudaMemcpyDeviceToHost), "divergence");
     return now;
   }
 
@@ -173,11 +172,12 @@ class mixture_fit<cuda> {
 
   /// Throws for the first broken row.
   void check_rows(context<cuda>& ctx) const {
-    detail::check_cuda(cudaStreamSynchronize(ctx.stream()), "mixture_fit");
     for (const sample& s : samples_) {
       std::vector<detail::row_status> status(s.status.size());
-      detail::check_cuda(cudaMemcpy(status.data(), s.status.data(), s.status.bytes(), cudaMemcpyDeviceToHost),
-                         "mixture_fit");
+      detail::check_cuda(
+          cudaMemcpyAsync(status.data(), s.status.data(), s.status.bytes(), cudaMemcpyDeviceToHost, ctx.stream()),
+          "mixture_fit");
+      detail::check_cuda(cudaStreamSynchronize(ctx.stream()), "mixture_fit");
       for (std::ptrdiff_t r = 0; r < static_cast<std::ptrdiff_t>(status.size()); ++r) {
         const bool target = r < groups_, shared = r < groups_ + shared_;
         detail::expects(status[static_cast<std::size_t>(r)] != detail::row_status::broken, "mixture_fit: ",
@@ -208,23 +208,19 @@ class mixture_fit<cuda> {
     };
     bring(numbers.coefficients, coefficients);
     bring(numbers.active, active);
+    const detail::device_guard here(ctx.device());
     detail::check_cuda(cudaMemsetAsync(numbers.parts.data(), 0, numbers.parts.bytes(), ctx.stream()), "mixture_fit");
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(numbers.splits), static_cast<unsigned>(groups_));
-    config.blockDim = dim3(detail::alignment_threads);
-    config.stream = ctx.stream();
+    const dim3 grid(static_cast<unsigned>(numbers.splits), static_cast<unsigned>(groups_));
     for (const sample& s : samples_) {
       const detail::mixture_launch launch{
           s.rows.data(),       s.length, groups_, shared_, own_, numbers.coefficients.data(), numbers.active.data(),
           numbers.parts.data()};
-      detail::check_cuda(cudaLaunchKernelEx(&config, detail::mixture_kernel, launch), "mixture_fit");
+      detail::start_kernel(ctx, detail::mixture_kernel, grid, detail::alignment_threads, launch, "mixture_fit");
     }
-    config.gridDim = dim3(static_cast<unsigned>(groups_));
-    detail::check_cuda(
-        cudaLaunchKernelEx(&config, detail::gather_parts_kernel, static_cast<const double*>(numbers.parts.data()),
-                           static_cast<std::ptrdiff_t>(numbers.values), static_cast<std::ptrdiff_t>(numbers.splits),
-                           numbers.readings.data()),
-        "mixture_fit");
+    detail::queue_kernel(ctx, detail::gather_parts_kernel,
+                         {.grid = dim3(static_cast<unsigned>(groups_)), .threads = detail::alignment_threads},
+                         "mixture_fit", numbers.parts.data(), static_cast<std::ptrdiff_t>(numbers.values),
+                         static_cast<std::ptrdiff_t>(numbers.splits), numbers.readings.data());
     std::vector<double> readings(numbers.readings.size());
     detail::check_cuda(cudaMemcpyAsync(readings.data(), numbers.readings.data(), numbers.readings.bytes(),
                                        cudaMemcpyDeviceToHost, ctx.stream()),

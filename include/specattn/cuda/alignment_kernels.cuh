@@ -11,6 +11,7 @@
 #include "../mixture_search.hpp"
 #include "../view.hpp"
 #include "context.cuh"
+#include "launch.cuh"
 
 namespace specattn::inline v0_1::detail {
 
@@ -74,12 +75,7 @@ __global__ void __launch_bounds__(alignment_threads) normalise_kernel(const __gr
 template <row_form Form>
 void normalise(context<cuda>& ctx, const normalise_launch& rows) {
   const std::ptrdiff_t count = rows.from.extent(0) * rows.from.extent(1);
-  if (count == 0) return;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(count));
-  config.blockDim = dim3(alignment_threads);
-  config.stream = ctx.stream();
-  check_cuda(cudaLaunchKernelEx(&config, normalise_kernel<Form>, rows), "alignment");
+  start_kernel(ctx, normalise_kernel<Form>, dim3(blocks_of(count, 1)), alignment_threads, rows, "alignment");
 }
 
 /// [rows, length] as [rows, 1, length].

@@ -81,8 +81,9 @@ struct attend_impl<cuda> {
     if constexpr (tensor_storage<multiplied<T>>) {
       if (aligned(args) && run_with_columns(ctx, launch)) return;
     }
-    expects(start<plain_tile<T>>(ctx, launch), "attend: head_dim ", args.kv.head_dim,
-            " needs more shared memory than ", ctx.block_shared_bytes(), " bytes");
+    expects(start<plain_tile<T>>(ctx, launch), "attend: head_dim ", args.kv.head_dim, " needs ",
+            plain_tile<T>::shared_bytes(2, args.kv.head_dim),
+            " bytes of shared memory and some for its plan, a CTA has ", ctx.block_shared_bytes());
   }
 
  private:
@@ -136,10 +137,10 @@ struct attend_impl<cuda> {
     launch.exchange.lay_out(workspace, shares(ctx), static_cast<std::size_t>(args.q.extent(0) * args.q.extent(1)),
                             args.kv.head_dim);
     const dim3 grid(static_cast<unsigned>(shares(ctx)));
-    check_cuda(cudaFuncSetAttribute(attend_kernel<T, Tile>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared())),
-               "attend");
-    start_kernel_early(ctx, attend_kernel<T, Tile>, grid, Tile::threads, launch, "attend", shared());
+    queue_kernel(
+        ctx, attend_kernel<T, Tile>,
+        {.grid = grid, .threads = Tile::threads, .shared_bytes = shared(), .most_shared_bytes = most, .early = true},
+        "attend", launch);
     start_kernel_early(ctx, attend_merge_kernel<T>, dim3(merging_ctas(launch)), attend_merge_threads, launch,
                        "attend");
     if (!args.recording.weights.empty()) finish_recording(ctx, args, launch.exchange);

@@ -53,11 +53,13 @@ struct history_launch {
   std::ptrdiff_t capacity;
 };
 
-/// blockIdx.x: a (layer, kv head); y: a sequence.
+/// A CTA takes a (sequence, layer, kv head), sequences slowest.
 static __global__ void __launch_bounds__(guide_threads)
     remember_kernel(const __grid_constant__ history_launch launch) {
-  const auto s = static_cast<std::int32_t>(blockIdx.y), sequences = static_cast<std::int32_t>(gridDim.y);
-  const auto group = static_cast<std::int32_t>(blockIdx.x);
+  const auto sequences = static_cast<std::int32_t>(launch.kv_lens.extent(0));
+  const std::int32_t groups = static_cast<std::int32_t>(gridDim.x) / sequences;
+  const std::int32_t s = static_cast<std::int32_t>(blockIdx.x) / groups;
+  const std::int32_t group = static_cast<std::int32_t>(blockIdx.x) % groups;
   const std::int32_t layer = group / launch.kv_heads, head = group % launch.kv_heads;
   const std::int32_t kv_len = launch.kv_lens[s], used = launch.accepted[s] + 1;
   if (used == 0) return;  // the sequence's round is void
@@ -65,7 +67,7 @@ static __global__ void __launch_bounds__(guide_threads)
   const std::int32_t count = launch.kept.counts[list];
   const std::int32_t attended = count == keep_all ? kv_len : count;
   const auto heads = static_cast<std::int32_t>(launch.weights.extent(2)) / launch.kv_heads;
-  const std::ptrdiff_t row = std::ptrdiff_t{launch.cache_rows[s]} * gridDim.x + group;
+  const std::ptrdiff_t row = std::ptrdiff_t{launch.cache_rows[s]} * groups + group;
   const float share = 1.0f / static_cast<float>(used * heads);
   for (auto i = static_cast<std::int32_t>(threadIdx.x); i < attended + used; i += guide_threads) {
     float sum = 0.0f;
@@ -126,7 +128,7 @@ class draft_guide<cuda> : public detail::draft_guide_base<draft_guide<cuda>, cud
                                         m.history_positions.data(),
                                         m.history_counts.data(),
                                         m.max_positions};
-    const dim3 grid(static_cast<unsigned>(groups_), static_cast<unsigned>(round.sequences()));
+    const dim3 grid(detail::blocks_of(std::ptrdiff_t{groups_} * round.sequences(), 1));
     detail::start_kernel(ctx, detail::remember_kernel, grid, detail::guide_threads, launch, "draft_guide");
   }
 

@@ -8,6 +8,7 @@
 
 #include "../key_recording.hpp"
 #include "../selection.hpp"
+#include "launch.cuh"
 #include "round_layout.cuh"
 
 namespace specattn::inline v0_1::detail {
@@ -35,18 +36,19 @@ struct add_heads_launch {
   fp16* sums;               // [groups, capacity]
   std::ptrdiff_t capacity;  // whole 16 bytes
   std::int32_t heads, kv_heads;
+  static constexpr bool folds_rows = true;  // layers * sequences * kv_heads may be more than a grid's y
 };
 
 inline constexpr int add_heads_positions = 8;  ///< of a thread: 16 bytes
 
-/// blockIdx.y is the group.
+/// The folded row is the group.
 static __global__ void __launch_bounds__(record_threads)
     add_heads_kernel(const __grid_constant__ add_heads_launch launch) {
   constexpr int width = add_heads_positions;
   struct alignas(16) piece {
     fp16 elements[width];
   };
-  const std::ptrdiff_t group = blockIdx.y;
+  const std::ptrdiff_t group = folded_row();
   const std::ptrdiff_t at = (std::ptrdiff_t{blockIdx.x} * record_threads + threadIdx.x) * width;
   if (at >= launch.round.prefix_lens[group / launch.kv_heads % launch.round.sequences]) return;
   const fp16* const rows = launch.weights + group * launch.heads * launch.capacity + at;

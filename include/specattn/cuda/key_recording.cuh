@@ -102,11 +102,12 @@ struct key_recording_impl<cuda> {
   template <class Tile, storage T>
   static bool start(const context<cuda>& ctx, const key_recording_launch<T>& launch) {
     const std::size_t shared = Tile::shared_bytes(launch.columns());
-    if (shared > static_cast<std::size_t>(ctx.block_shared_bytes())) return false;
-    check_cuda(cudaFuncSetAttribute(record_keys_kernel<Tile, T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(shared)),
-               "record_keys");
-    start_kernel(ctx, record_keys_kernel<Tile, T>, grid_of(launch), Tile::threads, launch, "record_keys", shared);
+    const auto most = static_cast<std::size_t>(ctx.block_shared_bytes());  // the kernel has no other
+    if (shared > most) return false;
+    queue_kernel(
+        ctx, record_keys_kernel<Tile, T>,
+        {.grid = grid_of(launch), .threads = Tile::threads, .shared_bytes = shared, .most_shared_bytes = most},
+        "record_keys", launch);
     return true;
   }
 };

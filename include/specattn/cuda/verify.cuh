@@ -12,6 +12,7 @@
 
 #include "../verify.hpp"
 #include "context.cuh"
+#include "launch.cuh"
 #include "sampling.cuh"
 #include "slots.cuh"
 
@@ -162,12 +163,8 @@ struct verify_impl<cuda> {
     const verify_launch launch{args, reinterpret_cast<std::int32_t*>(workspace),
                                reinterpret_cast<float*>(workspace + judgement_bytes(slots))};
     start(ctx, resident(ctx, vocab) ? judge_kernel<true> : judge_kernel<false>, slots, vocab, launch);
-    constexpr unsigned threads = 128;
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>((sequences - 1) / threads + 1));
-    config.blockDim = dim3(threads);
-    config.stream = ctx.stream();
-    check_cuda(cudaLaunchKernelEx(&config, settle_kernel, launch), "verify");
+    constexpr int threads = 128;
+    start_kernel(ctx, settle_kernel, dim3(blocks_of(sequences, threads)), threads, launch, "verify");
   }
 
  private:
@@ -185,9 +182,11 @@ struct verify_impl<cuda> {
   static std::size_t part_bytes(const context<cuda>& ctx, std::ptrdiff_t vocab) {
     return sizeof(float) * sampling_warps * static_cast<std::size_t>(segment_length(vocab, cluster_for(ctx, vocab)));
   }
+  static std::size_t most_part_bytes(const context<cuda>& ctx) {
+    return static_cast<std::size_t>(ctx.block_shared_bytes()) - sizeof(sampling_team_memory);
+  }
   static bool resident(const context<cuda>& ctx, std::ptrdiff_t vocab) {
-    return part_bytes(ctx, vocab) + sizeof(sampling_team_memory) <=
-           static_cast<std::size_t>(ctx.block_shared_bytes());
+    return part_bytes(ctx, vocab) <= most_part_bytes(ctx);
   }
   static std::size_t row_bytes(const context<cuda>& ctx, std::ptrdiff_t rows, std::ptrdiff_t vocab) {
     if (resident(ctx, vocab)) return 0;
@@ -201,21 +200,14 @@ struct verify_impl<cuda> {
     if (rows == 0) return;
     const int cluster = cluster_for(ctx, vocab);
     expects(rows <= INT32_MAX / cluster, "verify: ", rows, " rows are more than one launch takes");
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(rows * cluster));
-    config.blockDim = dim3(sampling_threads);
-    config.dynamicSmemBytes = resident(ctx, vocab) ? part_bytes(ctx, vocab) : 0;
-    config.stream = ctx.stream();
-    cudaLaunchAttribute size{};
-    size.id = cudaLaunchAttributeClusterDimension;
-    size.val.clusterDim.x = static_cast<unsigned>(cluster);
-    size.val.clusterDim.y = size.val.clusterDim.z = 1;
-    config.attrs = &size;
-    config.numAttrs = ctx.code_major() >= 9 ? 1 : 0;
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    static_cast<int>(config.dynamicSmemBytes)),
-               "verify");
-    check_cuda(cudaLaunchKernelEx(&config, kernel, launch), "verify");
+    const bool holds_rows = resident(ctx, vocab);
+    queue_kernel(ctx, kernel,
+                 {.grid = dim3(static_cast<unsigned>(rows * cluster)),
+                  .threads = sampling_threads,
+                  .shared_bytes = holds_rows ? part_bytes(ctx, vocab) : 0,
+                  .most_shared_bytes = holds_rows ? most_part_bytes(ctx) : 0,
+                  .cluster = cluster},
+                 "verify", launch);
   }
 };
 

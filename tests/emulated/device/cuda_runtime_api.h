@@ -31,11 +31,15 @@
 
 enum cudaError_t { cudaSuccess = 0 };
 using cudaStream_t = void*;
-inline constexpr cudaStream_t cudaStreamLegacy = nullptr;
+inline constexpr unsigned cudaStreamNonBlocking = 1;
+enum cudaStreamCaptureMode { cudaStreamCaptureModeRelaxed };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerBlockOptin };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaLaunchAttributeID {
+  cudaLaunchAttributeClusterDimension,
+  cudaLaunchAttributeProgrammaticStreamSerialization
+};
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -53,6 +57,7 @@ struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     dim3 clusterDim;
+    int programmaticStreamSerializationAllowed;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -72,12 +77,9 @@ inline cudaError_t cudaFree(void* memory) {
   std::free(memory);
   return cudaSuccess;
 }
-inline cudaError_t cudaMemset(void* memory, int value, std::size_t bytes) {
+inline cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t) {
   std::memset(memory, value, bytes);
   return cudaSuccess;
-}
-inline cudaError_t cudaMemsetAsync(void* memory, int value, std::size_t bytes, cudaStream_t) {
-  return cudaMemset(memory, value, bytes);
 }
 inline cudaError_t cudaMemcpy(void* to, const void* from, std::size_t bytes, cudaMemcpyKind) {
   if (bytes > 0) std::memcpy(to, from, bytes);
@@ -87,12 +89,16 @@ inline cudaError_t cudaStreamCreate(cudaStream_t* stream) {
   *stream = nullptr;
   return cudaSuccess;
 }
+inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) { return cudaStreamCreate(stream); }
+inline cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*) { return cudaSuccess; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
 }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount ? 132 : 232448;
   return cudaSuccess;
@@ -134,6 +140,7 @@ struct cta {
   std::vector<meeting> warps;
   std::vector<std::uint64_t> exchange;
   unsigned index = 0, rank = 0, size = 1;
+  dim3 grid, at;
   std::barrier<>* cluster = nullptr;
   char** anchors = nullptr;  ///< an address in each CTA's shared memory
 };
@@ -230,8 +237,13 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                const Arguments&... arguments) {
   unsigned size = 1;
-  for (int i = 0; i < config->numAttrs; ++i) size = config->attrs[i].val.clusterDim.x;
-  for (unsigned first = 0; first < config->gridDim.x; first += size) {
+  for (int i = 0; i < config->numAttrs; ++i) {
+    if (config->attrs[i].id == cudaLaunchAttributeClusterDimension) size = config->attrs[i].val.clusterDim.x;
+  }
+  const dim3 grid = config->gridDim;
+  const std::size_t rows = std::size_t{grid.y} * grid.z;
+  for (std::size_t turn = 0; turn < grid.x / size * rows; ++turn) {
+    const auto first = static_cast<unsigned>(turn / rows) * size, row = static_cast<unsigned>(turn % rows);
     std::barrier<> together(size);
     std::vector<char*> anchors(size);
     std::vector<std::thread> ctas;
@@ -242,6 +254,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
         c.index = first + rank;
         c.rank = rank;
         c.size = size;
+        c.grid = grid;
+        c.at = {first + rank, row % grid.y, row / grid.y};
         c.cluster = &together;
         c.anchors = anchors.data();
         anchors[rank] = &emulated::anchor;
@@ -262,11 +276,18 @@ inline struct {
     operator unsigned() const { return static_cast<unsigned>(emulated::here->current); }
   } x;
 } threadIdx;
+#define blockIdx (emulated::here->at)
 inline struct {
   struct {
-    operator unsigned() const { return emulated::here->index; }
+    operator unsigned() const { return emulated::here->grid.x; }
   } x;
-} blockIdx;
+  struct {
+    operator unsigned() const { return emulated::here->grid.y; }
+  } y;
+  struct {
+    operator unsigned() const { return emulated::here->grid.z; }
+  } z;
+} gridDim;
 
 inline void __syncthreads() { emulated::meet(emulated::here->block); }
 inline void __syncwarp() { emulated::meet(emulated::warp()); }
