@@ -112,4 +112,49 @@ TEST_CASE("select on the device: unions whose mass nobody asks for are the CPU's
   }
 }
 
+TEST_CASE(
+    "select on the device: the workspace it announces is enough, whatever the rule, the cap, the mass and the rows") {
+  cpu_fixture cpu;
+  std::mt19937 random(61);
+  for (const std::ptrdiff_t rows : {1, 2, 3}) {
+    for (const auto method : {specattn::threshold_method::exact, specattn::threshold_method::bisection}) {
+      for (const auto combined : {specattn::combine::unite, specattn::combine::mean}) {
+        for (const std::int32_t page_size : {1, 4}) {
+          for (int turn = 0; turn < 4; ++turn) {
+            specattn::selection_rule rule;
+            rule.top_p = 0.7f;
+            rule.method = method;
+            rule.rows = combined;
+            rule.page_size = page_size;
+            if (turn % 2 == 1) rule.max_tokens = 60;
+            auto p = dense_problem<float>(6, rows, 700, rule);
+            fill_kinds(p, random);
+            p.wants_mass = turn / 2 == 1;
+            cuda_fixture fresh;  // whose workspace holds what this problem announces, and no more
+            same_as_cpu(fresh, cpu, p);
+          }
+        }
+      }
+    }
+  }
+}
+
+TEST_CASE("select on the device: a workspace announced for several rows is enough for one") {
+  cuda_fixture fixture;
+  cpu_fixture cpu;
+  std::mt19937 random(62);
+  for (const auto method : {specattn::threshold_method::exact, specattn::threshold_method::bisection}) {
+    specattn::selection_rule rule;
+    rule.top_p = 0.7f;
+    rule.method = method;
+    rule.rows = specattn::combine::mean;
+    auto p = dense_problem<float>(6, 1, 700, rule);
+    fill_kinds(p, random);
+    auto& ctx = fixture.context();
+    CHECK(specattn::select_workspace_bytes(ctx, 6, 5, 700, rule) >=
+          specattn::select_workspace_bytes(ctx, 6, 1, 700, rule));
+    same_as_cpu(fixture, cpu, p);
+  }
+}
+
 }  // namespace select_testing
