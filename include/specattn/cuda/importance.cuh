@@ -13,11 +13,13 @@
 
 #include "../importance.hpp"
 #include "context.cuh"
+#include "importance_plan.cuh"
 #include "importance_product.cuh"
 #include "importance_rows.cuh"
 #include "importance_signals.cuh"
 #include "importance_stages.cuh"
 #include "importance_write.cuh"
+#include "launch.cuh"
 
 namespace specattn::inline v0_1 {
 
@@ -50,8 +52,11 @@ namespace detail {
 template <class T>
 buffer<T, cuda> to_device(const std::vector<T>& host) {
   buffer<T, cuda> copy(host.size());
-  if (!host.empty())
-    check_cuda(cudaMemcpy(copy.data(), host.data(), copy.bytes(), cudaMemcpyHostToDevice), "mixture");
+  if (host.empty()) return copy;
+  const setup_stream upload("mixture");
+  check_cuda(cudaMemcpyAsync(copy.data(), host.data(), copy.bytes(), cudaMemcpyHostToDevice, upload.get()),
+             "mixture");
+  upload.finish();
   return copy;
 }
 
@@ -95,12 +100,12 @@ __device__ __forceinline__ void copy_blocks(const importance_launch<T, U>& launc
 #endif
 
 /// Products of blocks that combine_steps_kernel has made.
-template <storage T, storage U>
+template <storage T, storage U, int Stages>
 __global__ void __launch_bounds__(importance_threads + importance_copiers, 1)
     mix_signals_kernel(const __grid_constant__ importance_launch<T, U> launch) {
   extern __shared__ __align__(1024) std::byte importance_memory[];
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  const stage_ring<importance_stages, 1> ring(importance_memory);
+  const stage_ring<Stages, 1> ring(importance_memory);
   if (threadIdx.x < importance_threads) {
     multiply_items(launch, ring);
   } else if (threadIdx.x == importance_threads) {
@@ -159,7 +164,7 @@ struct importance_impl<cuda> {
 
   static std::size_t workspace_bytes(const context<cuda>& ctx, const resident_mixture<cuda>& mixture,
                                      std::ptrdiff_t steps, std::ptrdiff_t kv_len, std::ptrdiff_t sequences) {
-    if (is_straight(ctx, mixture, steps)) return 0;
+    if (plan(ctx, mixture, steps).straight) return 0;
     const std::ptrdiff_t tiles = (std::min)(sequences * tiles_of(kv_len), std::ptrdiff_t{window});
     return static_cast<std::size_t>(tiles * mixture.chunks_) * signal_block_bytes;
   }
@@ -171,7 +176,7 @@ struct importance_impl<cuda> {
     importance_launch<T, U> launch{};
     launch.args = args;
     const std::ptrdiff_t steps = args.separate_steps ? 1 : args.draft_weights.extent(0);
-    const bool straight = is_straight(ctx, mixture, steps);
+    const importance_plan planned = plan(ctx, mixture, steps);
     launch.signals = ctx.workspace(workspace_bytes(ctx, mixture, steps, args.kv_len, args.sequences()), "importance");
     launch.coefficients = reinterpret_cast<const std::byte*>(mixture.packed_.data());
     launch.uniform = mixture.uniform_.data();
@@ -187,15 +192,15 @@ struct importance_impl<cuda> {
     launch.wide_reads = aligned(args.draft_weights, 16);
     launch.wide_writes = aligned(args.out, 4 * sizeof(U));
     const auto sequences = static_cast<std::int32_t>(args.sequences());
-    const std::int32_t tiles = sequences * launch.tiles, at_once = straight ? tiles : window;
+    const std::int32_t tiles = sequences * launch.tiles, at_once = planned.straight ? tiles : window;
     for (launch.row = 0; launch.row < args.out.extent(3); ++launch.row) {
       for (launch.begin = 0; launch.begin < tiles; launch.begin = launch.end) {
         launch.end = (std::min)(launch.begin + at_once, tiles);
-        straight ? mix_rows(ctx, launch) : mix_window(ctx, launch);
+        planned.straight ? mix_rows(ctx, launch, planned) : mix_window(ctx, launch, planned);
       }
       if (launch.history == nullptr) continue;
-      const dim3 shares(static_cast<unsigned>(launch.groups), 4, static_cast<unsigned>(sequences));
-      start(ctx, add_history_kernel<T, U>, shares, importance_threads, 0, launch);
+      const dim3 shares(blocks_of(std::ptrdiff_t{launch.groups} * sequences, 1), 4);
+      start_kernel(ctx, add_history_kernel<T, U>, shares, importance_threads, launch, "importance");
     }
   }
 
@@ -213,57 +218,43 @@ struct importance_impl<cuda> {
     return together % bytes == 0;
   }
 
-  static bool is_hopper(const context<cuda>& ctx) { return ctx.code_major() >= 9; }
-  /// Whether one launch is faster.
-  static bool is_straight(const context<cuda>& ctx, const resident_mixture<cuda>& mixture, std::ptrdiff_t steps) {
-    return is_hopper(ctx) && mixture.slabs_ == 1 && steps == 1;
+  static importance_plan plan(const context<cuda>& ctx, const resident_mixture<cuda>& mixture, std::ptrdiff_t steps) {
+    return plan_importance(ctx.code_major(), ctx.block_shared_bytes(), mixture.slabs_, steps);
   }
 
   /// Grids are for the most positions there can be; how many there are is read on the device.
   template <storage T, storage U>
-  static void mix_window(context<cuda>& ctx, const importance_launch<T, U>& launch) {
+  static void mix_window(context<cuda>& ctx, const importance_launch<T, U>& launch, const importance_plan& planned) {
     const std::int32_t tiles = launch.end - launch.begin;
     const dim3 heads(
         static_cast<unsigned>(tiles),
         static_cast<unsigned>(launch.chunks * importance_chunk * weight_piece<T>::across / importance_threads));
-    start(ctx, combine_steps_kernel<T, U>, heads, importance_threads, 0, launch);
-    if (is_hopper(ctx)) {
-      start_persistent(ctx, mix_signals_kernel<T, U>, importance_threads + importance_copiers,
-                       stage_ring_bytes(importance_stages), importance_cluster, launch);
-    } else {
-      start_persistent(ctx, mix_signals_kernel<T, U>, importance_threads,
-                       importance_stages_before_hopper * importance_stage_bytes, 1, launch);
-    }
+    start_kernel(ctx, combine_steps_kernel<T, U>, heads, importance_threads, launch, "importance");
+    const bool copies = ctx.code_major() >= 9;  // by threads of their own
+    start_persistent(ctx,
+                     planned.stages == importance_stages ? mix_signals_kernel<T, U, importance_stages>
+                                                         : mix_signals_kernel<T, U, importance_stages_before_hopper>,
+                     copies ? importance_threads + importance_copiers : importance_threads, planned, launch);
   }
   template <storage T, storage U>
-  static void mix_rows(context<cuda>& ctx, const importance_launch<T, U>& launch) {
-    start_persistent(ctx, mix_rows_kernel<T, U>, importance_threads + row_producers, row_shared_bytes,
-                     importance_cluster, launch);
+  static void mix_rows(context<cuda>& ctx, const importance_launch<T, U>& launch, const importance_plan& planned) {
+    start_persistent(ctx, mix_rows_kernel<T, U>, importance_threads + row_producers, planned, launch);
   }
 
   template <class Launch>
-  static void start_persistent(context<cuda>& ctx, void (*kernel)(Launch), int threads, int shared_bytes, int cluster,
-                               const Launch& launch) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "importance");
+  static void start_persistent(context<cuda>& ctx, void (*kernel)(Launch), int threads,
+                               const importance_plan& planned, const Launch& launch) {
+    const int cluster = ctx.code_major() >= 9 ? importance_cluster : 1;
     const std::int32_t items = (launch.end - launch.begin) * launch.slabs;
     const std::int32_t ctas = (std::min)(items, ctx.multiprocessors() / cluster * cluster);
-    start(ctx, kernel, dim3(static_cast<unsigned>(ctas)), threads, shared_bytes, launch, cluster);
-  }
-
-  template <class Launch>
-  static void start(context<cuda>& ctx, void (*kernel)(Launch), dim3 grid, int threads, int shared_bytes,
-                    const Launch& launch, int cluster = 1) {
-    cudaLaunchAttribute together{};
-    together.id = cudaLaunchAttributeClusterDimension;
-    together.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = grid;
-    config.blockDim = dim3(static_cast<unsigned>(threads));
-    config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
-    config.stream = ctx.stream();
-    config.attrs = &together;
-    config.numAttrs = cluster > 1 ? 1 : 0;
-    check_cuda(cudaLaunchKernelEx(&config, kernel, launch), "importance");
+    const auto bytes = static_cast<std::size_t>(planned.shared_bytes);
+    queue_kernel(ctx, kernel,
+                 {.grid = dim3(static_cast<unsigned>(ctas)),
+                  .threads = threads,
+                  .shared_bytes = bytes,
+                  .most_shared_bytes = bytes,
+                  .cluster = cluster},
+                 "importance", launch);
   }
 };
 

@@ -9,18 +9,10 @@
 #include <cstdint>
 
 #include "../config.hpp"
+#include "importance_plan.cuh"
 #include "mma.cuh"
 
 namespace specattn::inline v0_1::detail {
-
-inline constexpr int importance_threads = 256;                                          // that multiply
-inline constexpr int importance_slab = 256;                                             // groups of a CTA
-inline constexpr int importance_tile = 128;                                             // positions of a CTA
-inline constexpr int importance_chunk = 64;                                             // signals of a stage
-inline constexpr int importance_depth = 16;                                             // signals of one instruction
-inline constexpr int coefficient_block_bytes = importance_slab * importance_chunk * 2;  // bf16
-inline constexpr int signal_block_bytes = importance_chunk * importance_tile * 2;
-inline constexpr int importance_stage_bytes = coefficient_block_bytes + signal_block_bytes;  // in this order
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 inline constexpr int importance_cluster = 1;

@@ -10,12 +10,6 @@
 
 namespace specattn::inline v0_1::detail {
 
-inline constexpr int row_producers = 128;  // threads, behind those that multiply
-inline constexpr int row_stages = 3;
-inline constexpr int row_ahead_bytes = 16384;  // that are on their way for each of the producers' warps
-
-inline constexpr int row_shared_bytes = stage_ring_bytes(row_stages) + row_producers / 32 * row_ahead_bytes;
-
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 using row_ring = stage_ring<row_stages, row_producers / 32 + 1>;  // the producers' warps, and the coefficients' copy

@@ -11,12 +11,6 @@
 
 namespace specattn::inline v0_1::detail {
 
-inline constexpr int importance_stages = 4;
-inline constexpr int importance_stages_before_hopper = 2;  // what every such device has room for
-
-/// Of Hopper: stages, and two barriers for each.
-SPECATTN_HD constexpr int stage_ring_bytes(int stages) { return stages * (importance_stage_bytes + 16); }
-
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 /// A barrier in shared memory, by its address there.

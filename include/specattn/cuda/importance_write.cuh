@@ -112,17 +112,17 @@ __device__ __forceinline__ void finish(const importance_launch<T, U>& launch, co
   write_sums(launch, place, slab * importance_slab, sums);
 }
 
-/// Adds the target's own weights of the round before to rows already written. blockIdx.x: a group; y: its share;
-/// z: a sequence.
+/// Adds the target's own weights of the round before to rows already written. blockIdx.x: a group of a sequence,
+/// sequences slowest; y: its share.
 template <storage T, storage U>
 __global__ void __launch_bounds__(importance_threads)
     add_history_kernel(const __grid_constant__ importance_launch<T, U> launch) {
   constexpr int ahead = 4;  // entries of a thread in flight
-  const auto group = static_cast<std::int32_t>(blockIdx.x);
+  const auto s = static_cast<std::int32_t>(blockIdx.x) / launch.groups;
+  const std::int32_t group = static_cast<std::int32_t>(blockIdx.x) - s * launch.groups;
   const float coefficient = launch.history[group];
   if (coefficient == 0.0f) return;
   const auto& history = launch.args.history;
-  const auto s = static_cast<std::int32_t>(blockIdx.z);
   const std::ptrdiff_t row = history.row(s);
   const std::int32_t kv_len = launch.kv_len(s);
   const std::int32_t count = history.counts(row, group);
