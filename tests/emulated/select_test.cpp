@@ -40,7 +40,7 @@ TEST_CASE("select plan: no device is asked for more shared memory than a CTA of 
       const std::size_t room = kilobytes * 1024;
       const select_planner planner({largest_cluster, 132, room});
       std::size_t most[2] = {};  // of the resident and the scored way: a limit that no launch moves
-      for (std::ptrdiff_t kv_len = 1; kv_len <= specattn::select_max_kv_len; kv_len = kv_len * 5 / 4 + 31) {
+      for (std::ptrdiff_t kv_len = 1; kv_len <= select_max_kv_len; kv_len = kv_len * 5 / 4 + 31) {
         for (const std::ptrdiff_t groups : {1, 4, 100, 5000}) {
           for (const bool combined : {false, true}) {
             CAPTURE(kilobytes);
