@@ -81,6 +81,35 @@ TEST_CASE("launch: a kernel's limit of shared memory is the same after long rows
   CHECK(limit_after(100000) == first);
 }
 
+TEST_CASE("launch: rows of as many tokens as shared memory holds, and of one more, are sampled") {
+  selector any(1, 1);
+  auto& ctx = any.ctx;
+  const auto needs = [&](std::ptrdiff_t vocab) { return specattn::verify_workspace_bytes(ctx, 1, vocab); };
+  std::ptrdiff_t low = 1, high = std::ptrdiff_t{1} << 24;  // the first vocabulary whose rows go through memory
+  while (low + 1 < high) {
+    const std::ptrdiff_t middle = (low + high) / 2;
+    (needs(middle) > needs(1) ? high : low) = middle;
+  }
+  for (const std::ptrdiff_t vocab : {low, high}) {
+    CAPTURE(vocab);
+    std::vector<float> host(static_cast<std::size_t>(vocab), 0.0f);
+    host.back() = 1.0f;
+    const auto logits = specattn::detail::to_device(host);
+    const auto samplers = specattn::detail::to_device(std::vector<specattn::sampler_options>{{.temperature = 0.0f}});
+    const auto positions = specattn::detail::to_device(std::vector<std::int64_t>{3});
+    const buffer<std::int32_t, device> tokens(1);
+    ctx.reserve_workspace(needs(vocab));
+    CHECK(thrown_by([&] {
+            specattn::sample<device>(ctx, logits.shaped({1, vocab}), samplers.shaped({1}), positions.shaped({1}),
+                                     specattn::random_use::draft, {}, tokens.shaped({1}));
+            check_cuda(cudaStreamSynchronize(any.stream), "test");
+          }) == "");
+    std::int32_t token = -1;
+    check_cuda(cudaMemcpy(&token, tokens.data(), sizeof token, cudaMemcpyDeviceToHost), "test");
+    CHECK(token == vocab - 1);
+  }
+}
+
 TEST_CASE("launch: two host threads select from rows of different lengths") {
   std::atomic<int> ready{0}, failures{0};
   std::string messages[2];

@@ -48,7 +48,7 @@ TEST_CASE("select plan: no device is asked for more shared memory than a CTA of 
             const auto plan = planner.plan(groups, kv_len, 4, {}, combined);
             const std::size_t fixed =
                 plan.way == select_way::resident ? sizeof(select_row_memory) : sizeof(select_team_memory);
-            CHECK(fixed + plan.most_shared_bytes <= room);
+            CHECK(static_shared_bytes(fixed) + plan.most_shared_bytes <= room);
             CHECK(plan.shared_bytes <= plan.most_shared_bytes);
             CHECK(plan.cluster >= 1);
             CHECK(plan.cluster <= largest_cluster);

@@ -126,8 +126,8 @@ struct attend_impl<cuda> {
     launch.rows = row_division(static_cast<std::int32_t>(args.q.extent(1)) / args.kv.kv_heads, Tile::rows);
     launch.stages = Tile::most_stages;
     const auto shared = [&] { return Tile::shared_bytes(launch.stages, args.kv.head_dim); };
-    const auto most = static_cast<std::size_t>(ctx.block_shared_bytes()) - sizeof(attend_plan_memory<Tile::threads>) -
-                      sizeof(attend_row_facts);
+    const auto most = static_cast<std::size_t>(ctx.block_shared_bytes()) -
+                      static_shared_bytes(sizeof(attend_plan_memory<Tile::threads>) + sizeof(attend_row_facts));
     while (launch.stages > 2 && shared() > most) --launch.stages;
     if (shared() > most) return false;
     const attend_shape shape{.slots = static_cast<std::int32_t>(args.q.extent(0)),

@@ -28,6 +28,9 @@ struct launch_shape {
   bool early = false;
 };
 
+/// What variables of `bytes` in a kernel's static shared memory take there: from CUDA 13 on, whole kilobytes on Hopper.
+constexpr std::size_t static_shared_bytes(std::size_t bytes) { return (bytes + 1023) / 1024 * 1024; }
+
 inline constexpr unsigned most_grid_rows = 65535;  ///< y and z of a grid; x goes up to 2^31 - 1
 
 /// Queues `kernel` on the context's stream. An empty grid launches nothing. \throws device_error naming the operation,

@@ -7,6 +7,7 @@
 
 #include "../select.hpp"
 #include "context.cuh"
+#include "launch.cuh"
 #include "select_held_row.cuh"
 #include "select_part.cuh"
 #include "select_row_memory.cuh"
@@ -47,8 +48,8 @@ class select_planner {
   select_way way(std::ptrdiff_t kv_len, const selection_rule& rule, bool combined) const {
     if (rule.page_size > 1) return select_way::swept;
     if (combined) return kv_len <= device_.largest_cluster * most_scores() ? select_way::scored : select_way::swept;
-    const bool fits =
-        sizeof(select_row_memory) + resident_bytes(most_share, sizeof(float)) <= device_.block_shared_bytes;
+    const bool fits = static_shared_bytes(sizeof(select_row_memory)) + resident_bytes(most_share, sizeof(float)) <=
+                      device_.block_shared_bytes;
     return fits && rule.method == threshold_method::exact && kv_len <= device_.largest_cluster * most_share
                ? select_way::resident
                : select_way::swept;
@@ -104,7 +105,7 @@ class select_planner {
   }
   std::ptrdiff_t most_scores() const {
     const auto fit = [&](std::ptrdiff_t scores) {
-      return sizeof(select_team_memory) + scored_bytes(scores) <= device_.block_shared_bytes;
+      return static_shared_bytes(sizeof(select_team_memory)) + scored_bytes(scores) <= device_.block_shared_bytes;
     };
     if (device_.largest_cluster > 1 && fit(2 * few_scores)) return 2 * few_scores;
     return fit(few_scores) ? few_scores : 0;

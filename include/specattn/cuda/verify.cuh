@@ -183,7 +183,7 @@ struct verify_impl<cuda> {
     return sizeof(float) * sampling_warps * static_cast<std::size_t>(segment_length(vocab, cluster_for(ctx, vocab)));
   }
   static std::size_t most_part_bytes(const context<cuda>& ctx) {
-    return static_cast<std::size_t>(ctx.block_shared_bytes()) - sizeof(sampling_team_memory);
+    return static_cast<std::size_t>(ctx.block_shared_bytes()) - static_shared_bytes(sizeof(sampling_team_memory));
   }
   static bool resident(const context<cuda>& ctx, std::ptrdiff_t vocab) {
     return part_bytes(ctx, vocab) <= most_part_bytes(ctx);
