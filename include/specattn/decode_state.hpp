@@ -43,9 +43,9 @@ struct decode_sizes {
   decode_sizes(const model_shape& target, const model_shape& draft, const decode_options& options, bool replays) {
     sequences = options.max_sequences;
     positions = options.max_positions > 0 ? options.max_positions : target.max_positions;
-    judged = sequences * (options.draft_length + 1);
-    const std::int32_t replay = replays ? options.refresh_every * (options.draft_length + 1) : 0;
-    verify_slots = judged + sequences * replay;
+    const std::int64_t slots = std::int64_t{sequences} * (std::int64_t{options.draft_length} + 1);
+    judged = bounded(static_cast<double>(slots));
+    verify_slots = bounded(static_cast<double>(slots) * (replays ? 1.0 + options.refresh_every : 1.0));
     steps = options.draft_length == 0   ? 0
             : options.record_steps == 0 ? options.draft_length
                                         : (std::min)(options.record_steps, options.draft_length);
@@ -70,6 +70,11 @@ struct decode_sizes {
     draft_queries = 2 * std::size_t(steps) * heads;
     target_weights = std::size_t(target.layers) * std::size_t(verify_slots) * std::size_t(target.q_heads) *
                      std::size_t(recording_capacity);
+  }
+
+  /// A product of options, which check_decode() refuses long before it reaches the bound.
+  static std::int32_t bounded(double product) {
+    return static_cast<std::int32_t>((std::clamp)(product, 0.0, 2147483647.0));
   }
 
   std::int32_t sequences = 0;

@@ -113,47 +113,89 @@ concept guide_with_memory = requires {
   typename G::memory;
 };
 
-/// For guides with memory to inherit: hooks that do nothing, and the hooks without a memory, which work on one that the
-/// guide owns. `using base::before_verify` and alike make both visible.
+namespace detail {
+
+/// The hooks of a guide, with the memory where the guide has hooks that take one, without where not; a guide with memory
+/// may leave out hooks that would do nothing.
+template <class G, class Memory>
+struct guide_hooks {
+  G& guide;
+  Memory& memory;
+
+  void prepare(const guide_setup& setup) const {
+    if constexpr (requires { guide.prepare(setup, memory); })
+      guide.prepare(setup, memory);
+    else if constexpr (!guide_with_memory<G>)
+      guide.prepare(setup);
+  }
+  template <class Context>
+  std::size_t workspace_bytes(const Context& ctx) const {
+    if constexpr (requires { guide.workspace_bytes(ctx, memory); })
+      return guide.workspace_bytes(ctx, memory);
+    else if constexpr (!guide_with_memory<G>)
+      return guide.workspace_bytes(ctx);
+    else
+      return 0;
+  }
+  template <class Context, class Round>
+  void before_verify(Context& ctx, Round& round) const {
+    if constexpr (requires { guide.before_verify(ctx, round, memory); })
+      guide.before_verify(ctx, round, memory);
+    else if constexpr (!guide_with_memory<G>)
+      guide.before_verify(ctx, round);
+  }
+  template <class Context, class Round, class Queries>
+  void before_layer(Context& ctx, Round& round, std::int32_t layer, Queries q) const {
+    if constexpr (requires { guide.before_layer(ctx, round, layer, q, memory); })
+      guide.before_layer(ctx, round, layer, q, memory);
+    else if constexpr (!guide_with_memory<G>)
+      guide.before_layer(ctx, round, layer, q);
+  }
+  template <class Context, class Round>
+  void after_verify(Context& ctx, Round& round) const {
+    if constexpr (requires { guide.after_verify(ctx, round, memory); })
+      guide.after_verify(ctx, round, memory);
+    else if constexpr (!guide_with_memory<G>)
+      guide.after_verify(ctx, round);
+  }
+  void forget(std::int32_t cache_row) const {
+    if constexpr (requires { guide.forget(cache_row, memory); })
+      guide.forget(cache_row, memory);
+    else if constexpr (!guide_with_memory<G>)
+      guide.forget(cache_row);
+  }
+};
+
+}  // namespace detail
+
+/// For guides with memory to inherit: the hooks without one, which work on a memory that the guide owns. `using
+/// base::before_verify` and alike make both visible.
 template <class G, class Memory>
 class remembering_guide : public idle_guide {
  public:
   using memory = Memory;
 
-  void prepare(const guide_setup& setup) { self().prepare(setup, own_); }
+  void prepare(const guide_setup& setup) { hooks().prepare(setup); }
   template <class Context>
   std::size_t workspace_bytes(const Context& ctx) const {
-    return static_cast<const G&>(*this).workspace_bytes(ctx, own_);
+    return detail::guide_hooks<const G, const Memory>{static_cast<const G&>(*this), own_}.workspace_bytes(ctx);
   }
   template <class Context, class Round>
   void before_verify(Context& ctx, Round& round) {
-    self().before_verify(ctx, round, own_);
+    hooks().before_verify(ctx, round);
   }
   template <class Context, class Round, class Queries>
   void before_layer(Context& ctx, Round& round, std::int32_t layer, Queries q) {
-    self().before_layer(ctx, round, layer, q, own_);
+    hooks().before_layer(ctx, round, layer, q);
   }
   template <class Context, class Round>
   void after_verify(Context& ctx, Round& round) {
-    self().after_verify(ctx, round, own_);
+    hooks().after_verify(ctx, round);
   }
-  void forget(std::int32_t cache_row) { self().forget(cache_row, own_); }
-
-  void prepare(const guide_setup&, Memory&) {}
-  template <class Context>
-  std::size_t workspace_bytes(const Context&, const Memory&) const {
-    return 0;
-  }
-  template <class Context, class Round>
-  void before_verify(Context&, Round&, Memory&) {}
-  template <class Context, class Round, class Queries>
-  void before_layer(Context&, Round&, std::int32_t, Queries, Memory&) {}
-  template <class Context, class Round>
-  void after_verify(Context&, Round&, Memory&) {}
-  void forget(std::int32_t, Memory&) {}
+  void forget(std::int32_t cache_row) { hooks().forget(cache_row); }
 
  private:
-  G& self() { return static_cast<G&>(*this); }
+  detail::guide_hooks<G, Memory> hooks() { return {static_cast<G&>(*this), own_}; }
 
   Memory own_;
 };
@@ -172,56 +214,22 @@ class held_guide {
   struct memory_of<Guide> {
     using type = typename Guide::memory;
   };
+  using memory = typename memory_of<G>::type;
 
  public:
   explicit held_guide(G& guide) : guide_(&guide) {}
 
-  void prepare(const guide_setup& setup) {
-    if constexpr (guide_with_memory<G>)
-      guide_->prepare(setup, memory_);
-    else
-      guide_->prepare(setup);
-  }
   guide_needs needs() const { return std::as_const(*guide_).needs(); }
   std::int64_t metadata_rows(std::int32_t kv_len) const { return std::as_const(*guide_).metadata_rows(kv_len); }
   template <class Context>
   std::size_t workspace_bytes(const Context& ctx) const {
-    if constexpr (guide_with_memory<G>)
-      return std::as_const(*guide_).workspace_bytes(ctx, memory_);
-    else
-      return std::as_const(*guide_).workspace_bytes(ctx);
+    return guide_hooks<const G, const memory>{*guide_, memory_}.workspace_bytes(ctx);
   }
-  template <class Context, class Round>
-  void before_verify(Context& ctx, Round& round) {
-    if constexpr (guide_with_memory<G>)
-      guide_->before_verify(ctx, round, memory_);
-    else
-      guide_->before_verify(ctx, round);
-  }
-  template <class Context, class Round, class Queries>
-  void before_layer(Context& ctx, Round& round, std::int32_t layer, Queries q) {
-    if constexpr (guide_with_memory<G>)
-      guide_->before_layer(ctx, round, layer, q, memory_);
-    else
-      guide_->before_layer(ctx, round, layer, q);
-  }
-  template <class Context, class Round>
-  void after_verify(Context& ctx, Round& round) {
-    if constexpr (guide_with_memory<G>)
-      guide_->after_verify(ctx, round, memory_);
-    else
-      guide_->after_verify(ctx, round);
-  }
-  void forget(std::int32_t cache_row) {
-    if constexpr (guide_with_memory<G>)
-      guide_->forget(cache_row, memory_);
-    else
-      guide_->forget(cache_row);
-  }
+  guide_hooks<G, memory> operator*() { return {*guide_, memory_}; }
 
  private:
   G* guide_;
-  typename memory_of<G>::type memory_;
+  memory memory_;
 };
 
 }  // namespace detail

@@ -18,14 +18,36 @@ namespace specattn::inline v0_1 {
 template <backend B>
 class page_guide;
 
+/// What a decoder keeps for a page_guide: the boxes of its cached pages, and scratch.
+struct page_memory {
+  /// Boxes of the first pages, of keys as they were at a generation of the cache's row.
+  struct made_boxes {
+    std::int32_t pages = 0;
+    std::uint64_t generation = 0;
+  };
+
+  model_shape shape;
+  std::int32_t max_pages = 0;
+  buffer<float, cpu> boxes;      ///< [rows, layers, kv_heads, pages, low | high, head_dim]
+  std::vector<made_boxes> made;  ///< [rows, layers, kv_heads]
+  buffer<float, cpu> scores;     ///< [sequences, kv_heads, pages]
+  buffer<std::int32_t, cpu> order;
+};
+
 /// Quest (Tang et al., arXiv 2406.10774): each page of cached keys keeps its smallest and largest value of every
 /// dimension; a page's score is the largest product a query could reach inside that box, and the best pages are
 /// kept. Here for each kv head, over the largest score of the round's slots and the group's heads. The first page, the
 /// newest full one and a page that is not yet full are always kept, whatever the share. Boxes follow the cache: where it
 /// dropped positions (a roll-back, a refresh), those of their pages are made anew.
 template <>
-class page_guide<cpu> : public idle_guide {
+class page_guide<cpu> : public remembering_guide<page_guide<cpu>, page_memory> {
+  using base = remembering_guide<page_guide<cpu>, page_memory>;
+
  public:
+  using base::before_layer;
+  using base::forget;
+  using base::prepare;
+
   page_guide() = default;
   /// \param kept_share share of the prefix's pages to keep, in (0, 1]; those that are always kept count
   /// \param page_size  positions of a page
@@ -35,70 +57,74 @@ class page_guide<cpu> : public idle_guide {
     detail::expects(page_size >= 1, "page_guide: page_size ", page_size, " must be at least 1");
   }
 
-  void prepare(const guide_setup& setup) {
-    shape_ = setup.target;
-    max_pages_ = (setup.max_positions + page_size_ - 1) / page_size_;
-    const auto groups = static_cast<std::size_t>(setup.max_sequences) * static_cast<std::size_t>(shape_.layers) *
-                        static_cast<std::size_t>(shape_.kv_heads);
-    boxes_ = buffer<float, cpu>(groups * static_cast<std::size_t>(max_pages_) * 2 *
-                                static_cast<std::size_t>(shape_.head_dim));
-    made_.assign(groups, {});
-    const auto work = static_cast<std::size_t>(setup.max_sequences) * static_cast<std::size_t>(shape_.kv_heads) *
-                      static_cast<std::size_t>(max_pages_);
-    scores_ = buffer<float, cpu>(work);
-    order_ = buffer<std::int32_t, cpu>(work);
+  void prepare(const guide_setup& setup, page_memory& m) const {
+    m.shape = setup.target;
+    m.max_pages = (setup.max_positions + page_size_ - 1) / page_size_;
+    const auto groups = static_cast<std::size_t>(setup.max_sequences) * static_cast<std::size_t>(m.shape.layers) *
+                        static_cast<std::size_t>(m.shape.kv_heads);
+    m.boxes = buffer<float, cpu>(groups * static_cast<std::size_t>(m.max_pages) * 2 *
+                                 static_cast<std::size_t>(m.shape.head_dim));
+    m.made.assign(groups, {});
+    const auto work = static_cast<std::size_t>(setup.max_sequences) * static_cast<std::size_t>(m.shape.kv_heads) *
+                      static_cast<std::size_t>(m.max_pages);
+    m.scores = buffer<float, cpu>(work);
+    m.order = buffer<std::int32_t, cpu>(work);
   }
 
-  void forget(std::int32_t cache_row) {
-    const std::ptrdiff_t groups = std::ptrdiff_t{shape_.layers} * shape_.kv_heads;
-    std::fill_n(made_.begin() + cache_row * groups, groups, made_boxes{});
+  void forget(std::int32_t cache_row, page_memory& m) const {
+    const std::ptrdiff_t groups = std::ptrdiff_t{m.shape.layers} * m.shape.kv_heads;
+    std::fill_n(m.made.begin() + cache_row * groups, groups, page_memory::made_boxes{});
   }
 
   /// A page's box is two vectors: as many bytes as one position's key and value.
   std::int64_t metadata_rows(std::int32_t kv_len) const { return kv_len / page_size_; }
 
   template <storage T>
-  void before_layer(context<cpu>& ctx, round_state<T, cpu>& round, std::int32_t layer, view<const float, 3> q) {
+  void before_layer(context<cpu>& ctx, round_state<T, cpu>& round, std::int32_t layer, view<const float, 3> q,
+                    page_memory& m) const {
     ctx.parallel_for(std::ptrdiff_t{round.sequences()} * round.kv_heads, [&](std::ptrdiff_t i, int) {
       const auto s = static_cast<std::int32_t>(i / round.kv_heads);
       const auto h = static_cast<std::int32_t>(i % round.kv_heads);
-      update_boxes(round, layer, s, h);
+      update_boxes(round, layer, s, h, m);
       const std::ptrdiff_t group = round.group(layer, s, h);
       if (round.dense[static_cast<std::size_t>(s)] == 0 && round.kept.counts[group] != keep_all) {
-        score_pages(round, layer, s, h, q);
-        keep_best(round, s, group, i * max_pages_);
+        score_pages(round, layer, s, h, q, m);
+        keep_best(round, s, group, i * m.max_pages, m);
       }
     });
   }
 
  private:
-  float* box(std::ptrdiff_t slot, std::int32_t page) const {
-    return boxes_.data() + (slot * max_pages_ + page) * 2 * shape_.head_dim;
+  static float* box(std::ptrdiff_t slot, std::int32_t page, const page_memory& m) {
+    return m.boxes.data() + (slot * m.max_pages + page) * 2 * m.shape.head_dim;
   }
   template <class Round>
-  std::ptrdiff_t slot_of(const Round& round, std::int32_t layer, std::int32_t s, std::int32_t h) const {
-    return (std::ptrdiff_t{round.cache_rows[static_cast<std::size_t>(s)]} * shape_.layers + layer) * shape_.kv_heads +
+  static std::ptrdiff_t slot_of(const Round& round, std::int32_t layer, std::int32_t s, std::int32_t h,
+                                const page_memory& m) {
+    return (std::ptrdiff_t{round.cache_rows[static_cast<std::size_t>(s)]} * m.shape.layers + layer) *
+               m.shape.kv_heads +
            h;
   }
 
   /// Boxes of the pages that became full since the last round, or were dropped from the cache and filled anew.
   template <storage T>
-  void update_boxes(const round_state<T, cpu>& round, std::int32_t layer, std::int32_t s, std::int32_t h) {
+  void update_boxes(const round_state<T, cpu>& round, std::int32_t layer, std::int32_t s, std::int32_t h,
+                    page_memory& m) const {
     const std::int32_t full = round.kv_lens[static_cast<std::size_t>(s)] / page_size_;
-    const std::ptrdiff_t slot = slot_of(round, layer, s, h);
+    const std::ptrdiff_t slot = slot_of(round, layer, s, h, m);
     const std::int32_t row = round.cache_rows[static_cast<std::size_t>(s)];
-    auto& [done, generation] = made_[static_cast<std::size_t>(slot)];
+    auto& [done, generation] = m.made[static_cast<std::size_t>(slot)];
     done = (std::min)(done, round.target_cache->unchanged_since(row, generation) / page_size_);
     generation = round.target_cache->generation(row);
     const kv_view<T, cpu> kv = round.target_cache->layer(layer);
     for (; done < full; ++done) {
-      float* low = box(slot, done);
-      float* high = low + shape_.head_dim;
-      std::fill_n(low, shape_.head_dim, std::numeric_limits<float>::infinity());
-      std::fill_n(high, shape_.head_dim, -std::numeric_limits<float>::infinity());
+      float* low = box(slot, done, m);
+      float* high = low + m.shape.head_dim;
+      std::fill_n(low, m.shape.head_dim, std::numeric_limits<float>::infinity());
+      std::fill_n(high, m.shape.head_dim, -std::numeric_limits<float>::infinity());
       for (std::int32_t i = done * page_size_; i < (done + 1) * page_size_; ++i) {
         const T* key = kv.key(row, i, h);
-        for (std::int32_t d = 0; d < shape_.head_dim; ++d) {
+        for (std::int32_t d = 0; d < m.shape.head_dim; ++d) {
           low[d] = (std::min)(low[d], to_float(key[d]));
           high[d] = (std::max)(high[d], to_float(key[d]));
         }
@@ -108,20 +134,20 @@ class page_guide<cpu> : public idle_guide {
 
   template <storage T>
   void score_pages(const round_state<T, cpu>& round, std::int32_t layer, std::int32_t s, std::int32_t h,
-                   view<const float, 3> q) {
+                   view<const float, 3> q, page_memory& m) const {
     const std::int32_t pages = round.kv_lens[static_cast<std::size_t>(s)] / page_size_;
     const auto heads_a_group = static_cast<std::int32_t>(q.extent(1)) / round.kv_heads;
-    float* scores = scores_.data() + (std::ptrdiff_t{s} * round.kv_heads + h) * max_pages_;
+    float* scores = m.scores.data() + (std::ptrdiff_t{s} * round.kv_heads + h) * m.max_pages;
     std::fill_n(scores, pages, -std::numeric_limits<float>::infinity());
-    const std::ptrdiff_t slot = slot_of(round, layer, s, h);
+    const std::ptrdiff_t slot = slot_of(round, layer, s, h, m);
     for (std::int32_t row = round.slot_offsets[static_cast<std::size_t>(s)];
          row < round.slot_offsets[static_cast<std::size_t>(s) + 1]; ++row) {
       for (std::int32_t head = h * heads_a_group; head < (h + 1) * heads_a_group; ++head) {
         for (std::int32_t page = 0; page < pages; ++page) {
-          const float* low = box(slot, page);
-          const float* high = low + shape_.head_dim;
+          const float* low = box(slot, page, m);
+          const float* high = low + m.shape.head_dim;
           float score = 0.0f;
-          for (std::int32_t d = 0; d < shape_.head_dim; ++d) {
+          for (std::int32_t d = 0; d < m.shape.head_dim; ++d) {
             score += (std::max)(q(row, head, d) * low[d], q(row, head, d) * high[d]);
           }
           scores[page] = (std::max)(scores[page], score);
@@ -131,13 +157,14 @@ class page_guide<cpu> : public idle_guide {
   }
 
   template <class Round>
-  void keep_best(const Round& round, std::int32_t s, std::ptrdiff_t group, std::ptrdiff_t work) {
+  void keep_best(const Round& round, std::int32_t s, std::ptrdiff_t group, std::ptrdiff_t work,
+                 page_memory& m) const {
     const std::int32_t kv_len = round.kv_lens[static_cast<std::size_t>(s)];
     const std::int32_t full = kv_len / page_size_;
     const std::int32_t all = (kv_len + page_size_ - 1) / page_size_;
     const auto wanted = static_cast<std::int32_t>(std::ceil(share_ * static_cast<float>(all)));
-    const float* scores = scores_.data() + work;
-    std::int32_t* order = order_.data() + work;
+    const float* scores = m.scores.data() + work;
+    std::int32_t* order = m.order.data() + work;
     const std::int32_t forced = (std::min)(full, 2);  // the first and the last of the full pages
     const std::int32_t take = std::clamp(wanted - (all - full), forced, full);
     const std::int32_t others = (std::max)(full - 2, 0);
@@ -156,20 +183,8 @@ class page_guide<cpu> : public idle_guide {
     detail::grow_list(round.kept, group, count, full * page_size_, kv_len);
   }
 
-  /// Boxes of the first pages, of keys as they were at a generation of the cache's row.
-  struct made_boxes {
-    std::int32_t pages = 0;
-    std::uint64_t generation = 0;
-  };
-
   float share_ = 0.25f;
   std::int32_t page_size_ = 16;
-  model_shape shape_;
-  std::int32_t max_pages_ = 0;
-  buffer<float, cpu> boxes_;      // [rows, layers, kv_heads, pages, low | high, head_dim]
-  std::vector<made_boxes> made_;  // [rows, layers, kv_heads]
-  buffer<float, cpu> scores_;     // [sequences, kv_heads, pages]
-  buffer<std::int32_t, cpu> order_;
 };
 
 }  // namespace specattn::inline v0_1

@@ -32,8 +32,8 @@ class round_engine<T, Target, Draft, Guide, cpu> {
         verifier_(ctx, target, options, sizes, guide_.needs()),
         batch_(sizes, vocab_) {
     if (options.draft_length > 0) drafter_.emplace(ctx, draft, options, sizes, guide_.needs().draft_weights);
-    guide_.prepare({target.shape(), options.draft_length > 0 ? draft.shape() : model_shape{}, sizes.sequences,
-                    sizes.positions, sizes.verify_slots, sizes.recorded_rows});
+    (*guide_).prepare({target.shape(), options.draft_length > 0 ? draft.shape() : model_shape{}, sizes.sequences,
+                       sizes.positions, sizes.verify_slots, sizes.recorded_rows});
     std::size_t need = (std::max)(verifier_.workspace_bytes(ctx), guide_.workspace_bytes(ctx));
     if (drafter_) need = (std::max)(need, drafter_->workspace_bytes(ctx, sizes.sequences));
     ctx.reserve_workspace(need);
@@ -50,7 +50,7 @@ class round_engine<T, Target, Draft, Guide, cpu> {
   void prefill_draft(std::int32_t row, std::span<const std::int32_t> text, std::int32_t to) {
     drafter_->prefill(row, text, to);
   }
-  void forget(std::int32_t row) { guide_.forget(row); }
+  void forget(std::int32_t row) { (*guide_).forget(row); }
 
   void run(const round_plan& plan, const sequence_table& sequences) {
     trace_ = {};
@@ -71,7 +71,7 @@ class round_engine<T, Target, Draft, Guide, cpu> {
     else
       verifier_.judge_forced(batch_, sequences.at(batch_.rows.data()[0]), losses_);
     trace_.accept_seconds = lap(mark);
-    guide_.after_verify(*ctx_, verifier_.state());
+    (*guide_).after_verify(*ctx_, verifier_.state());
     trace_.guide_seconds += lap(mark);
   }
   void settle() {

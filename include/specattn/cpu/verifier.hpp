@@ -98,7 +98,7 @@ class verifier {
   void choose_rows(Guide& guide, const round_batch& batch, const Drafter* drafter, bool reuse) {
     see_round(batch, drafter);
     for (std::int32_t s = 0; reuse && s < batch.size; ++s) lists_.grow(s, batch.size, pass_.kv_lens.data()[s]);
-    if (!reuse) guide.before_verify(*ctx_, state_);
+    if (!reuse) (*guide).before_verify(*ctx_, state_);
     for (std::int32_t layer = 0; layer < shape_.layers; ++layer) {
       for (std::int32_t s = 0; s < batch.size; ++s) {
         if (layer < options_.dense_layers || dense_.data()[s] != 0) state_.keep_everything(layer, s);
@@ -120,7 +120,7 @@ class verifier {
     } object{this, &guide};
     pass.before_each_layer({&object, [](void* erased, std::int32_t layer, view<const float, 3, B> q) {
                               const auto& hook = *static_cast<hooked*>(erased);
-                              hook.guide->before_layer(*hook.self->ctx_, hook.self->state_, layer, q);
+                              (**hook.guide).before_layer(*hook.self->ctx_, hook.self->state_, layer, q);
                             }});
     for (std::int32_t s = 0; s < batch.size; ++s) cache_.reserve(batch.rows.data()[s], slots_of(s));
     target_->forward(*ctx_, pass_.batch(), pass, view<float, 2, B>(logits_.data(), {pass_.rows, shape_.vocab}));

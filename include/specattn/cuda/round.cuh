@@ -59,8 +59,8 @@ class round_engine<T, Target, Draft, Guide, cuda> {
         exchange_(sizes.sequences, options.draft_length),
         prefill_(options.prefill_chunk) {
     if (options.draft_length > 0) drafter_.emplace(draft, options, sizes, guide_.needs().draft_weights);
-    guide_.prepare({shape_, options.draft_length > 0 ? draft.shape() : model_shape{}, sizes.sequences,
-                    sizes.positions, sizes.verify_slots, sizes.recorded_rows});
+    (*guide_).prepare({shape_, options.draft_length > 0 ? draft.shape() : model_shape{}, sizes.sequences,
+                       sizes.positions, sizes.verify_slots, sizes.recorded_rows});
     std::size_t need =
         (std::max)(verifier_.workspace_bytes(ctx, sizes, options.prefill_chunk), guide_.workspace_bytes(ctx));
     if (drafter_) need = (std::max)(need, drafter_->workspace_bytes(ctx, sizes.sequences));
@@ -228,7 +228,7 @@ class round_engine<T, Target, Draft, Guide, cuda> {
     exchange_.queue_outputs(*ctx_, round);
     mark(4);
     if constexpr (guided) {
-      if (key_.sparse) guide_.after_verify(*ctx_, state);
+      if (key_.sparse) (*guide_).after_verify(*ctx_, state);
     }
     mark(5);
   }

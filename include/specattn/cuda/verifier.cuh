@@ -110,7 +110,7 @@ class device_verifier {
 
   template <class Guide>
   void choose_rows(context<cuda>& ctx, Guide& guide, round_state<T, cuda>& state, const kept_launch& lists) {
-    if (!lists.round.reuse) guide.before_verify(ctx, state);
+    if (!lists.round.reuse) (*guide).before_verify(ctx, state);
     const dim3 grid(blocks_of(state.kept.groups(), record_threads / 32));
     start_kernel(ctx, settle_lists_kernel, grid, record_threads, lists, "decode");
   }
