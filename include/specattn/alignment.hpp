@@ -13,7 +13,7 @@
 #include "mixture_search.hpp"
 #include "view.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_DATA {
 
 /// What identifies a model to an alignment: one made for other models is refused.
 struct model_fingerprint {
@@ -66,6 +66,10 @@ struct alignment {
   void check() const;
 };
 
+}  // namespace specattn::inline SPECATTN_DATA
+
+namespace specattn::inline SPECATTN_CODE {
+
 namespace detail {
 
 /// More layers or heads than any model has: products of two stay far from overflowing.
@@ -80,7 +84,12 @@ inline void check_numbers(const std::vector<float>& numbers, const char* what) {
 
 }  // namespace detail
 
-inline void alignment::check() const {
+}  // namespace specattn::inline SPECATTN_CODE
+
+namespace specattn::inline SPECATTN_DATA {
+
+// The two are always inlined: the name of a member of plain data does not say which CPU it was compiled for.
+[[gnu::always_inline]] inline void alignment::check() const {
   using detail::expects;
   for (const model_fingerprint* model : {&draft, &target}) {
     expects((std::max)({model->layers, model->q_heads, model->kv_heads}) <= detail::largest_model_part,
@@ -122,7 +131,7 @@ inline void alignment::check() const {
   }
 }
 
-inline alignment alignment::layer_map_only() const {
+[[gnu::always_inline]] inline alignment alignment::layer_map_only() const {
   alignment one_hot = *this;
   one_hot.signals.windows.clear();
   one_hot.signals.sinks = 0;
@@ -140,6 +149,10 @@ inline alignment alignment::layer_map_only() const {
   }
   return one_hot;
 }
+
+}  // namespace specattn::inline SPECATTN_DATA
+
+namespace specattn::inline SPECATTN_CODE {
 
 /// The paper's layer map: the non-decreasing assignment of a draft layer to each target layer with the least total
 /// divergence, by dynamic programming; of equal ones that which takes the smaller draft layers, the last target layer
@@ -218,12 +231,20 @@ class divergence_accumulator;
 template <backend B = cpu>
 class mixture_fit;
 
+}  // namespace specattn::inline SPECATTN_CODE
+
+namespace specattn::inline SPECATTN_DATA {
+
 struct mixture_result {
   std::vector<float> coefficients;  ///< [groups, shared_signals + own_signals] non-negative, rows sum to one
   std::vector<float> divergence;    ///< [groups] nats
   std::vector<float> excess;        ///< [groups] nats by which `divergence` exceeds the optimum at most
   std::int32_t iterations = 0;      ///< readings of the samples, of the slowest group
 };
+
+}  // namespace specattn::inline SPECATTN_DATA
+
+namespace specattn::inline SPECATTN_CODE {
 
 namespace detail {
 
@@ -269,4 +290,4 @@ inline mixture_result collect(const std::vector<mixture_search>& searches) {
 
 }  // namespace detail
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -20,7 +20,7 @@
 #include "alignment.hpp"
 #include "error.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 /// Of the file's fields; raised when their meaning changes.
 inline constexpr std::int32_t alignment_format = 1;
@@ -240,4 +240,4 @@ inline alignment load_alignment(const std::string& path, const model_fingerprint
   return found;
 }
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -12,7 +12,7 @@
 #include "selection.hpp"
 #include "view.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 /// Which slots leave their weights behind.
 enum class record_slots {
@@ -156,4 +156,4 @@ void attend(context<B>& ctx, const attend_args<T, B>& args) {
   detail::attend(ctx, args, false);
 }
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

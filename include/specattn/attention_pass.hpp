@@ -11,7 +11,7 @@
 #include "selection.hpp"
 #include "view.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 /// A function to be called with a layer's queries before it attends, for guides that look at them.
 template <backend B = cpu>
@@ -85,4 +85,4 @@ class attention_pass {
   layer_hook<B> hook_;
 };
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -6,7 +6,7 @@
 
 #include "config.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 /// The maximum score seen and the sum of exp(score - max). The value vector that goes with it is the sum of
 /// exp(score - max) * v, unnormalised, and stays with the caller. A default state has seen nothing: merging with
@@ -46,4 +46,4 @@ SPECATTN_HD inline float finish_scale(attention_state s) { return s.sum == 0.0f 
 /// log of the sum of exp(score), natural; minus infinity for a state that saw nothing.
 SPECATTN_HD inline float log_sum_exp(attention_state s) { return s.sum == 0.0f ? s.max : s.max + std::log(s.sum); }
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -5,7 +5,7 @@
 
 #include "config.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_DATA {
 
 /// Host memory, worked on by a team of threads. Implemented under cpu/.
 struct cpu {};
@@ -15,9 +15,13 @@ struct cuda {};
 template <class B>
 concept backend = std::same_as<B, cpu> || std::same_as<B, cuda>;
 
+}  // namespace specattn::inline SPECATTN_DATA
+
+namespace specattn::inline SPECATTN_CODE {
+
 /// Where an operation runs: context<cpu> is a team of threads and a workspace, context<cuda> a stream and a
 /// workspace. Defined in cpu/context.hpp and cuda/context.cuh.
 template <backend B>
 class context;
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

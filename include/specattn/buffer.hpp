@@ -11,7 +11,7 @@
 #include "error.hpp"
 #include "view.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 namespace detail {
 template <backend B, class T, std::size_t Rank>
@@ -76,4 +76,4 @@ class buffer<T, cpu> {
   std::size_t size_ = 0;
 };
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

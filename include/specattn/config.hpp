@@ -16,8 +16,22 @@
 #define SPECATTN_HD
 #endif
 
-/// Every name lives in an inline namespace that carries the version, so that two copies of the library of
-/// different versions can be linked into one process.
-namespace specattn {
-inline namespace v0_1 {}
-}  // namespace specattn
+/// Every name lives in an inline namespace that carries the version, so that two copies of the library of different
+/// versions can be linked into one process. All but plain data (options, counts, shapes, views, alignments, errors) lives
+/// in another one inside it, which carries what the compiler may use of the CPU: a linker keeps one copy of a function's
+/// name, and a file compiled for any CPU must not end up with the copy of a file compiled for AVX-512. Data has no such
+/// name, so that files of different flags, such as .cu and .cpp files, can hand it to each other.
+#define SPECATTN_DATA v0_1_0
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define SPECATTN_CODE v0_1_0::inline isa_avx512
+#elif defined(__AVX512F__)
+#define SPECATTN_CODE v0_1_0::inline isa_avx512f
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#define SPECATTN_CODE v0_1_0::inline isa_avx2
+#elif defined(__AVX__)
+#define SPECATTN_CODE v0_1_0::inline isa_avx
+#elif defined(__SSE4_1__)
+#define SPECATTN_CODE v0_1_0::inline isa_sse4
+#else
+#define SPECATTN_CODE v0_1_0::inline isa_any
+#endif

@@ -11,7 +11,7 @@
 #include "decode_options.hpp"
 #include "error.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 /// Seconds of one pass of a model over `slots` tokens that reads `rows` KV rows (one position's K and V in one layer
 /// and kv head). Linear: a GPU's passes are bound by bytes (start: the weights; row), a CPU's by products as well.
@@ -254,4 +254,4 @@ class round_planner {
   double draft_read_ = 0, draft_read_of_ = 0;
 };
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

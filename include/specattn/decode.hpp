@@ -19,7 +19,7 @@
 #include "model.hpp"
 #include "sequence_table.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 /// Stands for a draft model where there is none: plain decoding, draft_length 0.
 struct no_draft {
@@ -314,4 +314,4 @@ decoder<T, Target, Draft, Guide, B> make_decoder(context<B>& ctx, Target& target
   return decoder<T, Target, Draft, Guide, B>(ctx, target, draft, guide, options);
 }
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -11,7 +11,7 @@
 #include "error.hpp"
 #include "sequence_table.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Which of a decoder's calls is under way. on_tokens may change who runs; nothing else of the caller's may.
 class call_guard {
@@ -98,4 +98,4 @@ inline void raise_failures(const std::exception_ptr& thrown, std::int32_t failed
           " hold no finite value; the row is as it was before the round: try again, or remove() it");
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

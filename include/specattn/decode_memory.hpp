@@ -13,7 +13,7 @@
 #include "query_memory.hpp"
 #include "selection.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 /// Bytes a decoder of these models and options allocates besides the guide's own and the context's workspace.
 template <storage T, backend B = cpu>
@@ -41,4 +41,4 @@ decode_memory decoder_bytes(const model_shape& target, const model_shape& draft,
   return memory;
 }
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

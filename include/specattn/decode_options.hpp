@@ -10,7 +10,7 @@
 #include "select.hpp"
 #include "verify.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_DATA {
 
 /// The most tokens a round may draft.
 inline constexpr std::int32_t max_draft_length = 15;
@@ -70,7 +70,7 @@ struct decode_counts {
   std::int64_t draft_rows_dense = 0;
   std::array<std::int64_t, max_draft_length> accepted_at{};  ///< rounds that accepted the i-th drafted token
 
-  decode_counts& operator+=(const decode_counts& other) {
+  [[gnu::always_inline]] decode_counts& operator+=(const decode_counts& other) {
     rounds += other.rounds;
     dense_rounds += other.dense_rounds;
     reused_rounds += other.reused_rounds;
@@ -100,7 +100,7 @@ struct round_trace {
   double verify_seconds = 0;  ///< the target's pass (with what a guide does inside it)
   double accept_seconds = 0;  ///< acceptance, roll-back, bookkeeping
 
-  round_trace& operator+=(const round_trace& other) {
+  [[gnu::always_inline]] round_trace& operator+=(const round_trace& other) {
     sequences += other.sequences;
     counts += other.counts;
     draft_seconds += other.draft_seconds;
@@ -122,4 +122,4 @@ struct decode_memory {
   std::size_t total() const { return target_cache + draft_cache + recordings + selections + logits; }
 };
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_DATA

@@ -14,7 +14,7 @@
 #include "guide.hpp"
 #include "sequence_table.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// One sequence's part in a round.
 struct planned_row {
@@ -200,4 +200,4 @@ class round_policy {
   round_plan plan_;
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -9,7 +9,7 @@
 #include "decode_options.hpp"
 #include "decode_state.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Appends a round's accepted drafts and the target's own token, up to a stop token or the limit; returns the counts.
 /// \param drafted what was drafted for the sequence
@@ -53,4 +53,4 @@ inline decode_counts commit_round(sequence_state& seq, std::span<const std::int3
   return counts;
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -15,7 +15,7 @@
 #include "selection.hpp"
 #include "view.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// One running text. The target has cached everything but its last token; the draft may lack the last two.
 struct sequence_state {
@@ -117,4 +117,4 @@ inline void check_decode(const model_shape& target, const model_shape& draft, co
           draft.max_slots);
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

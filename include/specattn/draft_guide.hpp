@@ -14,7 +14,7 @@
 #include "importance.hpp"
 #include "select.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 namespace detail {
 
@@ -263,4 +263,4 @@ class draft_guide : public detail::draft_guide_base<draft_guide<B>, B> {
   using base::target_layers_;
 };
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -11,7 +11,7 @@
 
 #include "config.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_DATA {
 
 /// The caller broke a stated precondition. The message names the operation and the values.
 struct contract_error : std::invalid_argument {
@@ -26,15 +26,17 @@ struct device_error : std::runtime_error {
 /// Called in place of a throw where exceptions are disabled. It must not return.
 using failure_handler = void (*)(const char* message);
 
-namespace detail {
-inline failure_handler& failure_handler_slot() {
-  static failure_handler handler = nullptr;
-  return handler;
-}
-}  // namespace detail
+/// The one handler of a process, whatever its files were compiled for.
+struct failure_handling {
+  static inline failure_handler handler = nullptr;
+};
+
+}  // namespace specattn::inline SPECATTN_DATA
+
+namespace specattn::inline SPECATTN_CODE {
 
 /// Sets what happens on an error under -fno-exceptions (ignored otherwise). Not thread-safe: set it once at start.
-inline void set_failure_handler(failure_handler handler) { detail::failure_handler_slot() = handler; }
+inline void set_failure_handler(failure_handler handler) { failure_handling::handler = handler; }
 
 namespace detail {
 
@@ -49,7 +51,7 @@ template <class Error>
 #if defined(__cpp_exceptions)
   throw Error(message);
 #else
-  if (failure_handler_slot() != nullptr) failure_handler_slot()(message.c_str());
+  if (failure_handling::handler != nullptr) failure_handling::handler(message.c_str());
   std::abort();  // a handler must not return, and without exceptions there is nobody else to tell
 #endif
 }
@@ -97,4 +99,4 @@ class undo_scope {
 };
 
 }  // namespace detail
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

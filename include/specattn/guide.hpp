@@ -15,7 +15,7 @@
 #include "selection.hpp"
 #include "view.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 /// The maxima a guide must be ready for. It allocates in prepare(), never in a round.
 struct guide_setup {
@@ -270,4 +270,4 @@ struct window_guide : idle_guide {
   }
 };
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -15,7 +15,7 @@
 #include "selection.hpp"
 #include "view.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 /// The coefficients of an alignment without their zeros, in the order they are used.
 struct sparse_mixture {
@@ -195,4 +195,4 @@ void mix_importance(context<B>& ctx, const resident_mixture<B>& mixture, const i
   detail::importance_impl<B>::run(ctx, mixture, args);  // incomplete? include <specattn/specattn.hpp> (cpu)
 }
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -13,7 +13,7 @@
 #include "scalar.hpp"
 #include "view.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 /// What recorded weights are stored as. On cuda, where they go through memory, half of the bytes are half of the time.
 template <backend B>
@@ -118,4 +118,4 @@ void record_keys(context<B>& ctx, const key_recording_args<T, B>& args) {
   detail::key_recording_impl<B>::run(ctx, args);  // incomplete? include <specattn/specattn.hpp> (cpu)
 }
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -18,7 +18,7 @@
 #include "scalar.hpp"
 #include "view.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 namespace detail {
 
@@ -409,4 +409,4 @@ class kv_cache {
   bool stale_ = false;  // some row has entries that are not published
 };
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -9,7 +9,7 @@
 #include "error.hpp"
 #include "view.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_DATA {
 
 /// The size of a cache.
 struct kv_cache_shape {
@@ -21,6 +21,10 @@ struct kv_cache_shape {
   std::int32_t page_size = 0;      ///< 0: contiguous; else a power of two
   std::int32_t pages = 0;          ///< paged: pages in the pool; 0: enough for every sequence at max_positions
 };
+
+}  // namespace specattn::inline SPECATTN_DATA
+
+namespace specattn::inline SPECATTN_CODE {
 
 namespace detail {
 
@@ -109,4 +113,4 @@ inline void check_kept_lists(view<const std::int32_t, 2, cpu> positions, std::pt
 
 }  // namespace detail
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -8,7 +8,7 @@
 #include "scalar.hpp"
 #include "view.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 /// One layer's keys and values, non-owning. Position i of cache row s, kv head h is head_dim adjacent elements at
 ///   keys + block_table(s, i >> page_shift) * page_stride + (i & (page_size - 1)) * position_stride + h * head_stride
@@ -67,4 +67,4 @@ struct pass_layout {
   SPECATTN_HD std::int32_t sequences() const { return static_cast<std::int32_t>(kv_lens.extent(0)); }
 };
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

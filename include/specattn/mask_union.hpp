@@ -10,7 +10,7 @@
 #include "selection.hpp"
 #include "view.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 /// Lists of a ragged batch, one for each slot and kv head, and where their unions go. Slots of sequence s are
 /// slot_offsets(s) … slot_offsets(s + 1) - 1.
@@ -97,4 +97,4 @@ void mask_union(context<B>& ctx, const mask_union_args<B>& args) {
                                   args);  // incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
 }
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -10,7 +10,7 @@
 
 #include "config.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Where an approximating distribution is smaller it counts as this much of its mass: a divergence stays finite.
 inline constexpr float divergence_floor = 1e-10f;
@@ -120,4 +120,4 @@ class mixture_search {
   state state_ = state::start;
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -8,7 +8,7 @@
 #include "backend.hpp"
 #include "view.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_DATA {
 
 /// The sizes the library needs to know of a model.
 struct model_shape {
@@ -48,6 +48,10 @@ concept layer_attention = requires(A& attention, std::int32_t layer, view<const 
   attention(layer, in, in, in, out);
 };
 
+}  // namespace specattn::inline SPECATTN_DATA
+
+namespace specattn::inline SPECATTN_CODE {
+
 namespace detail {
 /// The least an attention object is; models are checked against it.
 template <backend B>
@@ -66,4 +70,4 @@ concept language_model = requires(M& model, const M& constant, context<B>& ctx, 
   model.forward(ctx, batch, attention, logits);
 };
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

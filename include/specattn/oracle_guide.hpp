@@ -10,7 +10,7 @@
 #include "guide.hpp"
 #include "select.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 /// Scratch that a decoder keeps for an oracle_guide.
 template <backend B = cpu>
@@ -114,4 +114,4 @@ class oracle_guide : public remembering_guide<oracle_guide<B>, oracle_memory<B>>
   selection_rule rule_;
 };
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -11,7 +11,7 @@
 #include "model.hpp"
 #include "view.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Queries and log-sum-exps of a round's recorded steps, of as many slots as the largest step has: two a sequence.
 template <backend B>
@@ -53,4 +53,4 @@ class query_memory {
   buffer<float, B> q_, lse_;  // [steps, layers, 2 * sequences, q_heads], q_ times head_dim
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

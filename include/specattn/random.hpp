@@ -5,7 +5,7 @@
 
 #include "config.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 /// Four 32-bit words: a counter of Philox, or what it makes of one.
 struct philox_words {
@@ -41,4 +41,4 @@ SPECATTN_HD constexpr double uniform(std::uint64_t seed, std::uint64_t position,
   return static_cast<double>(bits >> 11) * 0x1p-53;
 }
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -11,7 +11,7 @@
 #include "selection.hpp"
 #include "view.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 /// What a pass of attention was asked for, as attend_args says it, and the log-sum-exp it returned. Values are not
 /// needed.
@@ -85,4 +85,4 @@ void recompute(context<B>& ctx, const recompute_args<T, B>& args) {
                                  args);  // incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
 }
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -8,7 +8,7 @@
 #include "config.hpp"
 #include "view.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 /// What queries and keys are rotated by (Su et al., arXiv 2104.09864), in the pairing of Hugging Face's models: element d
 /// of a head's first half and element d of its second turn together by positions[slot] * inverse_frequencies[d] radians.
@@ -41,4 +41,4 @@ SPECATTN_HD inline void rotate(rotation by, float& first, float& second) {
 
 }  // namespace detail
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -5,7 +5,7 @@
 
 #include "config.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_DATA {
 
 /// How a token is drawn from logits: temperature, then top-k, then top-p, then min-p, each looking at what the one
 /// before it left. Truncation keeps a head of one total order, larger probability first and smaller token first
@@ -22,6 +22,10 @@ struct sampler_options {
 
 /// A token that could not be drawn: its row of logits held a NaN, +inf, or nothing but -inf. (-inf alone is a mask.)
 inline constexpr std::int32_t no_token = -1;
+
+}  // namespace specattn::inline SPECATTN_DATA
+
+namespace specattn::inline SPECATTN_CODE {
 
 namespace detail {
 
@@ -113,4 +117,4 @@ SPECATTN_HD inline float residual(float target, float draft) {
 }
 
 }  // namespace detail
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -6,7 +6,7 @@
 
 #include "config.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_DATA {
 
 /// bfloat16: the upper half of a float. Same bits as __nv_bfloat16.
 struct bf16 {
@@ -31,6 +31,10 @@ concept storage =
 /// Storage of so few exponents that its elements are multiples of a scale, which is kept apart.
 template <class T>
 concept scaled_storage = std::same_as<T, fp8_e4m3>;
+
+}  // namespace specattn::inline SPECATTN_DATA
+
+namespace specattn::inline SPECATTN_CODE {
 
 SPECATTN_HD inline float to_float(float x) { return x; }
 
@@ -102,4 +106,4 @@ SPECATTN_HD inline T from_float(float x) {
   }
 }
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -12,7 +12,7 @@
 #include "selection.hpp"
 #include "view.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_DATA {
 
 /// How the rows of a group (draft steps × heads, or whatever the caller groups) become one list.
 ///
@@ -44,6 +44,10 @@ struct selection_rule {
   threshold_method method = threshold_method::exact;
   emit output = emit::positions;  ///< pages: page numbers, for a block table
 };
+
+}  // namespace specattn::inline SPECATTN_DATA
+
+namespace specattn::inline SPECATTN_CODE {
 
 /// Weights to select from. Non-negative; they need not sum to one (mass is relative to the row's own sum).
 template <storage T, backend B = cpu>
@@ -129,4 +133,4 @@ void select(context<B>& ctx, const importance<T, B>& from, const selection_rule&
                               out);  // incomplete? include <specattn/specattn.hpp> or <specattn/cuda.cuh>
 }
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -6,7 +6,7 @@
 
 #include "config.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// A row's maximum has a mass in [2^40, 2^41).
 inline constexpr int mass_bits = 40;
@@ -178,4 +178,4 @@ SPECATTN_HD inline forced_items forced_by(std::int32_t sinks, std::int32_t recen
   return {head, tail < head ? head : tail};
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -9,7 +9,7 @@
 #include "error.hpp"
 #include "view.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 /// What happened to a group, as flags.
 enum selection_status : std::uint32_t {
@@ -126,4 +126,4 @@ inline void validate(const selection_view<cpu>& kept, std::ptrdiff_t group, std:
   }
 }
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -12,7 +12,7 @@
 #include "decode_state.hpp"
 #include "error.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 inline void check_tokens(std::span<const std::int32_t> tokens, const char* what, std::int32_t positions,
                          std::int32_t vocab) {
@@ -122,4 +122,4 @@ class sequence_table {
   std::vector<sequence_state> rows_;
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

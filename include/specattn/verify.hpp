@@ -10,7 +10,7 @@
 #include "sampling.hpp"
 #include "view.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 /// One round's decisions for a batch. Sequence s has slots slot_offsets(s) … slot_offsets(s + 1) - 1, at least one:
 /// row 0 of them judges its first drafted token, and so on; the last row has nothing to judge and yields the bonus
@@ -112,4 +112,4 @@ void verify(context<B>& ctx, const verify_args<B>& args) {
   detail::verify_impl<B>::run(ctx, args);  // incomplete? include <specattn/specattn.hpp> or <specattn/cuda.cuh>
 }
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

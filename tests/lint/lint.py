@@ -19,6 +19,8 @@ MACROS = {  # every macro a user of the library can see
     "SPECATTN_VERSION_MINOR",
     "SPECATTN_VERSION_PATCH",
     "SPECATTN_HD",
+    "SPECATTN_DATA",
+    "SPECATTN_CODE",
     "SPECATTN_DEBUG_SYNC",
 }
 LINES_WISHED, LINES_ALLOWED = 400, 600
@@ -308,24 +310,46 @@ CONFIG = "include/specattn/config.hpp"
 SAMPLE_CONFIG = "#define SPECATTN_VERSION_MAJOR 1\n#define SPECATTN_VERSION_MINOR 2\n#define SPECATTN_VERSION_PATCH 3\n"
 
 
+NAMESPACES = "#define SPECATTN_DATA v1_2_3\n#define SPECATTN_CODE v1_2_3::inline isa_any\n"
+
+
 @rule(
     catches=[
-        {CONFIG: SAMPLE_CONFIG + "inline namespace v1_1 {}", "CHANGELOG.md": "## 1.2.3 - unreleased"},
+        {CONFIG: SAMPLE_CONFIG + NAMESPACES.replace("DATA v1_2_3", "DATA v1_2"), "CHANGELOG.md": "## 1.2.3 - unreleased"},
+        {CONFIG: SAMPLE_CONFIG + NAMESPACES.replace("v1_2_3::", "v1_2_2::"), "CHANGELOG.md": "## 1.2.3 - unreleased"},
         {CONFIG: SAMPLE_CONFIG, "CHANGELOG.md": "# Changelog\n## 1.2.2 - 2026-01-01"},
     ],
-    passes=[{CONFIG: SAMPLE_CONFIG + "namespace specattn::inline v1_2 {}", "CHANGELOG.md": "## 1.2.3 - unreleased\n## 1.2.2"}],
+    passes=[{CONFIG: SAMPLE_CONFIG + NAMESPACES, "CHANGELOG.md": "## 1.2.3 - unreleased\n## 1.2.2"}],
 )
 def one_version_everywhere(files):
-    version = re.findall(r"#define SPECATTN_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", files.get(CONFIG, ""))
+    text = files.get(CONFIG, "")
+    version = re.findall(r"#define SPECATTN_VERSION_(?:MAJOR|MINOR|PATCH) (\d+)", text)
     if len(version) != 3:
         return
-    for path, text in library(files).items():
-        for match in re.finditer(r"\binline\s+(?:namespace\s+)?v(\d+)_(\d+)\b", blank(text)):
-            if [match.group(1), match.group(2)] != version[:2]:
-                yield path, line_of(text, match.start()), f"the namespace is not that of version {'.'.join(version)}"
+    for match in re.finditer(r"#\s*define SPECATTN_(?:DATA|CODE) v(\w+)", text):
+        if match.group(1).split("_") != version:
+            yield CONFIG, line_of(text, match.start()), f"the namespace is not that of version {'.'.join(version)}"
     newest = re.search(r"^## (\d+\.\d+\.\d+)", files.get("CHANGELOG.md", ""), re.MULTILINE)
     if newest is None or newest.group(1) != ".".join(version):
         yield "CHANGELOG.md", 1, f"its first section should be {'.'.join(version)}, the version in config.hpp"
+
+
+@rule(
+    catches=[
+        {"include/specattn/view.hpp": "namespace specattn {}"},
+        {"include/specattn/view.hpp": "namespace specattn::inline v0_1 {}"},
+        {"include/specattn/view.hpp": "namespace specattn::detail {}"},
+        {"include/specattn/view.hpp": "namespace specattn::inline SPECATTN_DATA::detail {}"},
+    ],
+    passes=[
+        {"include/specattn/view.hpp": "namespace specattn::inline SPECATTN_DATA {}"},
+        {"include/specattn/view.hpp": "namespace specattn::inline SPECATTN_CODE::detail {}\nnamespace detail {}"},
+    ],
+)
+def names_carry_version_and_instruction_set(files):
+    message = "'{}': open specattn::inline SPECATTN_CODE (::detail), or SPECATTN_DATA for plain data (config.hpp)"
+    right = r"::inline SPECATTN_(DATA \{|CODE( |::)(?!inline))"
+    yield from matches(library(files), rf"^[ \t]*namespace specattn\b(?!{right})[^\n]*", message)
 
 
 def prove(function, catches, passes):

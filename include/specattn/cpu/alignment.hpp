@@ -13,7 +13,7 @@
 #include "../view.hpp"
 #include "context.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 namespace detail {
 
 /// Copies a row scaled to unit mass; a row without mass becomes zeros. False where a weight is negative, infinite or
@@ -218,4 +218,4 @@ inline void mixture_fit<cpu>::evaluate(std::ptrdiff_t g, detail::mixture_trial& 
   at.divergence /= static_cast<double>(samples_.size());
 }
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

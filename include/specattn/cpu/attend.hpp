@@ -22,7 +22,7 @@
 #include "context.hpp"
 #include "key_recording.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// One call of attend().
 template <storage T>
@@ -315,4 +315,4 @@ struct attend_impl<cpu> {
   }
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

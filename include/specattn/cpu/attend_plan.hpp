@@ -8,7 +8,7 @@
 #include "../attend.hpp"
 #include "attend_tile.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Query rows of one sequence and kv head that are worked on together: slot and head of the group, slots slowest.
 struct row_block {
@@ -183,4 +183,4 @@ class attend_plan {
   bool shared_ = false;
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -16,7 +16,7 @@
 #pragma nv_diag_suppress 1675  // the host compiler knows "GCC unroll"
 #endif
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr int tile_positions = 256;   ///< one maximum and one softmax pass; scores of a row fill 1 KB
 inline constexpr int split_positions = 512;  ///< what one state covers before states are merged in order
@@ -337,7 +337,7 @@ struct tile_kernel {
 
 /// Turns a row's scores of this tile into weights relative to its maximum so far, which becomes that of the state;
 /// what the state held is scaled to it.
-inline void soften_row(const tile_scratch& s, int row) {
+[[gnu::always_inline]] inline void soften_row(const tile_scratch& s, int row) {
   const int n = s.counts[row];
   const int padded = whole_groups(n);
   float* scores = s.scores + row * tile_positions;
@@ -345,7 +345,7 @@ inline void soften_row(const tile_scratch& s, int row) {
   const int last = padded - lanes::width;
   lanes::load(scores + last).first(n - last, nothing).store(scores + last);
   lanes high = lanes::load(scores);
-  for (int p = lanes::width; p < padded; p += lanes::width) high = greater(high, lanes::load(scores + p));
+  for (int p = lanes::width; p < padded; p += lanes::width) high = larger_of(high, lanes::load(scores + p));
 
   attention_state& state = s.states[row];
   const float found = max_of_lanes(high);
@@ -367,7 +367,7 @@ inline void soften_row(const tile_scratch& s, int row) {
   state = {top, std::fma(state.sum, scale, sum_of_lanes(total))};
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail
 
 #if defined(__CUDACC__)
 #pragma nv_diagnostic pop

@@ -17,7 +17,7 @@
 #include "alignment.hpp"
 #include "context.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 struct calibration_options {
   std::int32_t prefill = 128;                         ///< leading tokens of a text that only fill the caches
@@ -356,4 +356,4 @@ template <storage T, class Target, class Draft, class Progress>
     return reading.fit().fitted;
   }
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

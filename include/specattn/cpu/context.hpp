@@ -13,7 +13,7 @@
 #include "../buffer.hpp"
 #include "../error.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 /// A fork-join team. The calling thread is member 0; the others spin briefly between calls, then sleep. A call ends
 /// when its indices are done, not when every member has looked: a member that sleeps, or that the system gave no
@@ -130,4 +130,4 @@ inline void context<cpu>::serve(int member) {
   }
 }
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -20,7 +20,7 @@
 #include "kept_lists.hpp"
 #include "round_batch.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Used by decoder. Every sequence of the batch stays in every draft step, without slots once it has drafted enough,
 /// so that recorded rows keep their place.
@@ -348,4 +348,4 @@ class drafter {
   buffer<std::int32_t, B> group_lens_, recorded_;
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -11,7 +11,7 @@
 #include "context.hpp"
 #include "lanes.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 template <>
 struct importance_impl<cpu> {
@@ -186,4 +186,4 @@ struct importance_impl<cpu> {
   }
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -10,7 +10,7 @@
 #include "../model.hpp"
 #include "../selection.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Groups are (layer, sequence of the batch, kv head), layer slowest.
 class kept_lists {
@@ -51,4 +51,4 @@ class kept_lists {
   buffer<std::int32_t, cpu> lengths_;   // [sequences] positions they were selected from
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -7,7 +7,7 @@
 #include "attend_tile.hpp"
 #include "lanes.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr int key_block = 256;  ///< positions of a task
 inline constexpr int key_rows = 8;     ///< query rows at once
@@ -39,4 +39,4 @@ void add_key_products(float (&scores)[key_rows][key_block], const float (&q)[key
   }
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

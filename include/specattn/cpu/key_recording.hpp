@@ -11,7 +11,7 @@
 #include "key_products.hpp"
 #include "lanes.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// One call of record_keys().
 template <storage T>
@@ -135,4 +135,4 @@ struct key_recording_impl<cpu> {
   }
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

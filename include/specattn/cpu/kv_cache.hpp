@@ -10,7 +10,7 @@
 #include "context.hpp"
 #include "lanes.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// `count` floats, `stride` apart, into adjacent elements of a head whose scale is 1 / inverse_scale.
 template <storage T>
@@ -137,4 +137,4 @@ struct kv_cache_impl<cpu> {
   }
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

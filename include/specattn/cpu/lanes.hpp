@@ -26,7 +26,7 @@
 // Products that feed a sum are always written as fmadd: left to the compiler, one instance of a template might fuse
 // them and another not, and the bits of a result would depend on how many queries were worked on at once.
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 #if defined(__AVX2__)
 /// 8-bit floats, each in a word of its own, as 16-bit ones of 2^-8 their value: an exponent's bits are in the same order,
@@ -93,7 +93,7 @@ struct lanes {
 [[gnu::always_inline]] inline lanes subtract(lanes a, lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }
 [[gnu::always_inline]] inline lanes multiply(lanes a, lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
 [[gnu::always_inline]] inline lanes fmadd(lanes a, lanes b, lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-[[gnu::always_inline]] inline lanes greater(lanes a, lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
+[[gnu::always_inline]] inline lanes larger_of(lanes a, lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
 /// 2^n * x where `exponent` is n (whole), and 0 where `guard` is below `least`.
 [[gnu::always_inline]] inline lanes scale_by_power(lanes x, lanes exponent, lanes guard, float least) {
   const __mmask16 live = _mm512_cmp_ps_mask(guard.v, _mm512_set1_ps(least), _CMP_NLT_UQ);
@@ -176,7 +176,7 @@ struct lanes {
 [[gnu::always_inline]] inline lanes subtract(lanes a, lanes b) { return {_mm256_sub_ps(a.v, b.v)}; }
 [[gnu::always_inline]] inline lanes multiply(lanes a, lanes b) { return {_mm256_mul_ps(a.v, b.v)}; }
 [[gnu::always_inline]] inline lanes fmadd(lanes a, lanes b, lanes c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
-[[gnu::always_inline]] inline lanes greater(lanes a, lanes b) { return {_mm256_max_ps(a.v, b.v)}; }
+[[gnu::always_inline]] inline lanes larger_of(lanes a, lanes b) { return {_mm256_max_ps(a.v, b.v)}; }
 [[gnu::always_inline]] inline lanes scale_by_power(lanes x, lanes exponent, lanes guard, float least) {
   const __m256 live = _mm256_cmp_ps(guard.v, _mm256_set1_ps(least), _CMP_NLT_UQ);
   const __m256i n = _mm256_add_epi32(_mm256_cvtps_epi32(exponent.v), _mm256_set1_epi32(127));
@@ -256,7 +256,7 @@ inline lanes fmadd(const lanes& a, const lanes& b, const lanes& c) {
   return lanes::each([&](int i) { return a.v[i] * b.v[i] + c.v[i]; });  // nothing to fuse it with
 #endif
 }
-inline lanes greater(const lanes& a, const lanes& b) {
+inline lanes larger_of(const lanes& a, const lanes& b) {
   return lanes::each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
 inline lanes scale_by_power(const lanes& x, const lanes& exponent, const lanes& guard, float least) {
@@ -352,4 +352,4 @@ inline float exp_any(float x) {
   return v[0];
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -8,7 +8,7 @@
 #include "../mask_union.hpp"
 #include "context.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 template <>
 struct mask_union_impl<cpu> {
@@ -76,4 +76,4 @@ struct mask_union_impl<cpu> {
   }
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

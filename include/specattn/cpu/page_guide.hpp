@@ -13,7 +13,7 @@
 #include "../guide.hpp"
 #include "context.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 template <backend B>
 class page_guide;
@@ -187,4 +187,4 @@ class page_guide<cpu> : public remembering_guide<page_guide<cpu>, page_memory> {
   std::int32_t page_size_ = 16;
 };
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -10,7 +10,7 @@
 #include "context.hpp"
 #include "key_products.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// One call of recompute().
 template <storage T>
@@ -145,4 +145,4 @@ struct recompute_impl<cpu> {
   }
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -15,7 +15,7 @@
 #include "round_batch.hpp"
 #include "verifier.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// See round_engine in decode.hpp.
 template <storage T, class Target, class Draft, class Guide>
@@ -128,4 +128,4 @@ class round_engine<T, Target, Draft, Guide, cpu> {
   std::exception_ptr failure_;
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

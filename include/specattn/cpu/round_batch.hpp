@@ -13,7 +13,7 @@
 #include "../decode_state.hpp"
 #include "../model.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Host arrays of a pass, with room for the largest.
 struct pass_arrays {
@@ -154,4 +154,4 @@ inline float token_loss(const float* logits, std::int32_t vocab, std::int32_t to
   return static_cast<float>(std::log(sum) + max - logits[token]);
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

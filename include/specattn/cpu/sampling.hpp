@@ -8,7 +8,7 @@
 
 #include "../sampling.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 // Loops below run over a fixed number of independent lanes: compilers turn that into vector code without being
 // allowed to reorder sums, and the order of the sums does not depend on the machine.
@@ -236,4 +236,4 @@ inline double make_weights(const float* logits, std::ptrdiff_t vocab, const samp
   return sum_row(weights, vocab);
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

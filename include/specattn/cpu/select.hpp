@@ -10,7 +10,7 @@
 #include "context.hpp"
 #include "select_passes.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// One member's part of the workspace. Arrays that a rule does not need are null.
 struct select_scratch {
@@ -263,4 +263,4 @@ struct select_impl<cpu> {
   }
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -13,7 +13,7 @@
 #include "../select_math.hpp"
 #include "select_words.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 // ---- reading a row ------------------------------------------------------------------------------------------
 
@@ -208,4 +208,4 @@ threshold<Key> bisect(const Key* items, std::int32_t begin, std::int32_t end, Ke
   return {bisection_step(max, low), ~std::uint64_t{0}, held_at(low)};
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

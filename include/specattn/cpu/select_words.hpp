@@ -17,7 +17,7 @@
 #define SPECATTN_SELECT_AVX512 0
 #endif
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// A monotone 32-bit image of an item, for binning only: which one is used does not change the result.
 inline std::uint32_t coarse_key(std::uint32_t key) { return key; }
@@ -188,6 +188,6 @@ inline void unpack(const std::uint64_t* words, std::int32_t count, std::int32_t*
   }
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail
 
 #undef SPECATTN_SELECT_AVX512

@@ -19,7 +19,7 @@
 #include "kept_lists.hpp"
 #include "round_batch.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Used by decoder. Nothing of a sequence changes here but its row of the cache.
 template <storage T, class Target, backend B>
@@ -217,4 +217,4 @@ class verifier {
   buffer<sampler_options, B> samplers_;
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -8,7 +8,7 @@
 #include "context.hpp"
 #include "sampling.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 template <>
 struct verify_impl<cpu> {
@@ -153,4 +153,4 @@ struct verify_impl<cpu> {
   }
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

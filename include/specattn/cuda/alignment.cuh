@@ -14,7 +14,7 @@
 #include "alignment_kernels.cuh"
 #include "context.cuh"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 template <>
 class divergence_accumulator<cuda> {
@@ -242,4 +242,4 @@ class mixture_fit<cuda> {
   std::vector<sample> samples_;
 };
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -13,7 +13,7 @@
 #include "context.cuh"
 #include "launch.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr int alignment_threads = 256;
 inline constexpr int alignment_warps = alignment_threads / 32;
@@ -230,4 +230,4 @@ static __global__ void __launch_bounds__(alignment_threads)
   }
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -27,7 +27,7 @@
 #include "key_recording.cuh"
 #include "launch.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 template <storage T, class Tile>
 __global__ void __launch_bounds__(Tile::threads, 1) attend_kernel(const __grid_constant__ attend_launch<T> launch) {
@@ -161,4 +161,4 @@ struct attend_impl<cuda> {
   }
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

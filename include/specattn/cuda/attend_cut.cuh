@@ -11,7 +11,7 @@
 #include "attend_plan.cuh"
 #include "mma.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Of some groups' blocks.
 struct alignas(16) attend_totals {
@@ -211,4 +211,4 @@ __device__ __forceinline__ void find_range(const attend_launch<T>& launch, atten
   }
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

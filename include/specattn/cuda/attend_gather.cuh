@@ -10,7 +10,7 @@
 #include "../attention_state.hpp"
 #include "attend_plan.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr float no_score = -std::numeric_limits<float>::infinity();  ///< of a position not attended to
 
@@ -88,4 +88,4 @@ struct attend_row_facts {
   }
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -12,7 +12,7 @@
 #include "launch.cuh"
 #include "mma.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr int attend_merge_threads = 128;
 inline constexpr int attend_merge_batch = 16;  ///< parts whose sums are on their way at once
@@ -163,4 +163,4 @@ __global__ void __launch_bounds__(attend_merge_threads)
   }
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

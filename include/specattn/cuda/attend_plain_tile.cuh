@@ -9,7 +9,7 @@
 #include "attend_gather.cuh"
 #include "attend_plan.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// A tile is a position for each lane, which scores it for every row; then lanes are elements of the values.
 template <storage T>
@@ -138,4 +138,4 @@ class plain_tile {
   float* weights_;
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

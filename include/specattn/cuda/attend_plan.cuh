@@ -12,7 +12,7 @@
 #include "context.cuh"
 #include "mma.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr int attend_rows = 32;          ///< query rows (slots * group) of a block at most
 inline constexpr int attend_tile = 16;          ///< positions; shares end at whole tiles of a block
@@ -272,4 +272,4 @@ __device__ __forceinline__ attend_parts parts_of(const device_block& b, const at
   return parts;
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

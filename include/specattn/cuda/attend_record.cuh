@@ -10,7 +10,7 @@
 #include "attend_plan.cuh"
 #include "mma.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr int attend_recording_threads = 256;
 inline constexpr int attend_recording_quads = 4;  ///< 16 bytes each, that a thread has under way
@@ -85,4 +85,4 @@ __global__ void __launch_bounds__(attend_recording_threads)
   }
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -9,7 +9,7 @@
 #include "attend_plan.cuh"
 #include "mma.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// \tparam HeadDim  32, 64, 128 or 256: head_dim or the next above it; the rest is zeros
 template <storage T, int HeadDim>
@@ -84,4 +84,4 @@ struct tensor_layout {
   }
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

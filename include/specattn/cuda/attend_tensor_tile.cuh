@@ -18,7 +18,7 @@
 #include "attend_tensor_layout.cuh"
 #include "mma.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// \tparam HeadDim  32, 64, 128 or 256: head_dim or the next above it; the rest is zeros
 /// \tparam Columns  query rows in units of 8
@@ -375,4 +375,4 @@ class tensor_tile : tensor_layout<T, HeadDim> {
   std::uint64_t policy_ = 0;
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -8,7 +8,7 @@
 
 #include "context.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// A graph that can be launched. Move-only.
 class captured_graph {
@@ -125,4 +125,4 @@ class timing_event {
   cudaEvent_t event_ = nullptr;
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -14,7 +14,7 @@
 #include "../error.hpp"
 #include "../view.hpp"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 namespace detail {
 /// Throws device_error naming the operation unless a runtime call succeeded. What it tells is taken back from the runtime,
@@ -211,4 +211,4 @@ class context<cuda> {
   int block_shared_bytes_ = 0;
 };
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -13,7 +13,7 @@
 #include "launch.cuh"
 #include "select.cuh"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 namespace detail {
 
@@ -157,4 +157,4 @@ class draft_guide<cuda> : public detail::draft_guide_base<draft_guide<cuda>, cud
   }
 };
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

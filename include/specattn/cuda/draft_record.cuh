@@ -11,7 +11,7 @@
 #include "launch.cuh"
 #include "round_layout.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr int record_threads = 256;
 
@@ -164,4 +164,4 @@ static __global__ void __launch_bounds__(32) report_kernel(const __grid_constant
   r.output[s] = out;
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -19,7 +19,7 @@
 #include "select.cuh"
 #include "verify.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Used by decoder. Every sequence of a batch drafts the same number of tokens.
 template <storage T, class Draft>
@@ -201,4 +201,4 @@ class device_drafter {
   buffer<float, cuda> logits_;
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

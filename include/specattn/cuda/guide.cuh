@@ -10,7 +10,7 @@
 #include "../guide.hpp"
 #include "context.cuh"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 /// What a captured round can rely on: which sequences take part is fixed, how long they are is read when the work runs.
 /// Sequences are in the order of the batch; groups of `kept` are (layer, sequence, kv head), layer slowest. Every
@@ -35,4 +35,4 @@ struct round_state<T, cuda> {
   std::int32_t sequences() const { return static_cast<std::int32_t>(cache_rows.size()); }
 };
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

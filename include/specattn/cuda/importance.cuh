@@ -21,7 +21,7 @@
 #include "importance_write.cuh"
 #include "launch.cuh"
 
-namespace specattn::inline v0_1 {
+namespace specattn::inline SPECATTN_CODE {
 
 /// A mixture in device memory: draft heads' coefficients as bf16 in the order in which tensor cores take them, a zero for
 /// every head that a group does not use; the other signals' coefficients as float.
@@ -295,4 +295,4 @@ inline resident_mixture<cuda>::resident_mixture(const sparse_mixture& from)
   history_ = to_device(history);
 }
 
-}  // namespace specattn::inline v0_1
+}  // namespace specattn::inline SPECATTN_CODE

@@ -12,7 +12,7 @@
 
 #include "../config.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr int importance_threads = 256;                                          // that multiply
 inline constexpr int importance_slab = 256;                                             // groups of a CTA
@@ -56,4 +56,4 @@ constexpr importance_plan plan_importance(int code_major, int block_shared_bytes
   return {false, stages, stage_ring_bytes(stages)};
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

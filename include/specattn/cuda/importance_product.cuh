@@ -12,7 +12,7 @@
 #include "importance_plan.cuh"
 #include "mma.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 inline constexpr int importance_cluster = 1;
@@ -157,4 +157,4 @@ __device__ __forceinline__ void settle(importance_sums&) {}
 
 #endif
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

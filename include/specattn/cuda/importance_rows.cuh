@@ -8,7 +8,7 @@
 #include "importance_signals.cuh"
 #include "importance_stages.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
@@ -222,4 +222,4 @@ class row_producer {
 
 #endif
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -10,7 +10,7 @@
 #include "../importance.hpp"
 #include "importance_product.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// A tile of a sequence's positions, of which `left` belong to its prefix: 0 or fewer where there is nothing to do.
 struct importance_place {
@@ -183,4 +183,4 @@ __global__ void __launch_bounds__(importance_threads, 4)
              signal % 8, column);
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -12,7 +12,7 @@
 #include "importance_signals.cuh"
 #include "mma.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Adds windows and sinks to a thread's sums.
 template <storage T, storage U>
@@ -153,4 +153,4 @@ __global__ void __launch_bounds__(importance_threads)
   }
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -13,7 +13,7 @@
 #include "key_recording_tile.cuh"
 #include "launch.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr int query_threads = 128;
 
@@ -112,4 +112,4 @@ struct key_recording_impl<cuda> {
   }
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -12,7 +12,7 @@
 #include "../key_recording.hpp"
 #include "mma.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr int record_chunk = 2048;  ///< positions of a CTA
 inline constexpr int record_plain_threads = 256;
@@ -321,4 +321,4 @@ __global__ void __launch_bounds__(record_plain_threads)
   }
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

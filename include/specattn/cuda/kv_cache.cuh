@@ -13,7 +13,7 @@
 #include "launch.cuh"
 #include "mma.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr int kv_threads = 256;
 
@@ -295,4 +295,4 @@ struct kv_cache_impl<cuda> {
   }
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -10,7 +10,7 @@
 
 #include "context.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// What a launch is besides its kernel and arguments.
 struct launch_shape {
@@ -105,4 +105,4 @@ inline unsigned blocks_of(std::ptrdiff_t count, std::ptrdiff_t size) {
   return static_cast<unsigned>(blocks);
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

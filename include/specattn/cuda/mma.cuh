@@ -9,7 +9,7 @@
 
 #include "../scalar.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// A 16-bit type that tensor cores multiply.
 template <class T>
@@ -176,4 +176,4 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -12,7 +12,7 @@
 #include "context.cuh"
 #include "launch.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr int recompute_threads = 256;
 inline constexpr int recompute_lanes = 4;   ///< that share a key row, piece by piece
@@ -222,4 +222,4 @@ struct recompute_impl<cuda> {
   }
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -20,7 +20,7 @@
 #include "round_exchange.cuh"
 #include "verifier.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 template <class G>
 concept device_guide = std::same_as<G, no_guide> || requires {
@@ -302,4 +302,4 @@ class round_engine<T, Target, Draft, Guide, cuda> {
   std::exception_ptr failure_;
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

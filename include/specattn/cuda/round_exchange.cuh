@@ -13,7 +13,7 @@
 #include "captured_graph.cuh"
 #include "round_layout.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// What a captured round depends on besides what it reads.
 struct round_key {
@@ -138,4 +138,4 @@ class prefill_arrays {
   std::int32_t count_ = 0;
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

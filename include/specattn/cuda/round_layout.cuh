@@ -12,7 +12,7 @@
 #include "../sampling.hpp"
 #include "launch.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// What the host tells of a sequence before each round.
 struct sequence_input {
@@ -242,4 +242,4 @@ inline forward_batch<cuda> verify_slots(const round_arrays& r) {
   return {{r.tokens, {slots}}, {r.positions, {slots}}, {r.logit_rows, {slots}}};
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -9,7 +9,7 @@
 #include "../view.hpp"
 #include "sampling_team.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr std::int32_t sampling_stride = 128;  // elements a warp works on at a time, four a lane
 
@@ -272,4 +272,4 @@ class sampled_row {
   std::uint64_t mine_ = 0, before_ = 0;  // the last measure: of this warp, of the warps before it
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -13,7 +13,7 @@
 #define SPECATTN_CLUSTERS 0
 #endif
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr int sampling_threads = 512;
 inline constexpr int sampling_warps = sampling_threads / 32;
@@ -191,6 +191,6 @@ class sampling_team {
   int parity_ = 0;
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail
 
 #undef SPECATTN_CLUSTERS

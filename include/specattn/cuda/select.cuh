@@ -21,7 +21,7 @@
 #include "select_plan.cuh"
 #include "select_row.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// What select_row leaves: rare, so no part of its code.
 template <storage T>
@@ -123,4 +123,4 @@ struct select_impl<cuda> {
   }
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -8,7 +8,7 @@
 #include "select_part.cuh"
 #include "select_row_list.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 template <storage T>
 class select_group : group_part {
@@ -421,4 +421,4 @@ class select_group : group_part {
   std::uint64_t total_ = 0;        // mass of the last row, in the end of all that the list is made from
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

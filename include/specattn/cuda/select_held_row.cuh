@@ -8,7 +8,7 @@
 #include "../select_math.hpp"
 #include "select_team.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Every thread has four neighbours of every 1024 positions.
 template <storage T>
@@ -73,4 +73,4 @@ class held_row {
   std::uint32_t keys_[fours][4];
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -9,7 +9,7 @@
 #include "select_search.cuh"
 #include "select_team.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// What a launch is asked for; passed by value.
 template <storage T>
@@ -101,4 +101,4 @@ struct group_part {
   }
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

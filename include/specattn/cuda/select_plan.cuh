@@ -12,7 +12,7 @@
 #include "select_part.cuh"
 #include "select_row_memory.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// What of a device a plan depends on.
 struct select_device {
@@ -145,4 +145,4 @@ class select_planner {
   select_device device_;
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

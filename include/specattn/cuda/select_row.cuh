@@ -18,7 +18,7 @@
 #include "select_row_sample.cuh"
 #include "select_row_threshold.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// `United`: of several rows. A lone one needs no loop, whose invariants would fill the registers.
 template <storage T, bool United>
@@ -443,4 +443,4 @@ class select_row : group_part {
   std::int32_t count_ = 0;  // the whole list's length: of the last row
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -9,7 +9,7 @@
 #include "select_search.cuh"
 #include "select_team.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Stores to shared memory, if so: one predicated instruction, where the compiler would branch around what the value
 /// takes.
@@ -76,4 +76,4 @@ __device__ __forceinline__ void pad_list(const selection_view<cuda>& out, std::p
   for (std::ptrdiff_t i = count + select_team::thread(); i < padded; i += select_threads) list[i * stride] = -1;
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -7,7 +7,7 @@
 #include "../select_math.hpp"
 #include "select_team.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr int sample_bins = 256;
 inline constexpr std::uint32_t doubt_room =
@@ -238,4 +238,4 @@ __device__ __forceinline__ std::int32_t block_prefix(std::int32_t x, std::int32_
   return before;
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -10,7 +10,7 @@
 #include "select_search.cuh"
 #include "select_team.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 __device__ __forceinline__ std::uint32_t larger(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
   return __vimax3_u32(a, b, c);
@@ -102,4 +102,4 @@ __device__ __forceinline__ key_facts exchange_facts(const select_team& team, sel
   return over_lanes(*team.at_peer(&memory.facts[turn], team.lane() & (team.size() - 1)), team.size());
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -9,7 +9,7 @@
 #include "select_search.cuh"
 #include "select_team.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// The sample's bins, the lightest first: one for all lighter weights, then ranges of 2^shift keys from `low` on. Weights
 /// below (1 - p) of the mean cannot hold the mass that is left out, so three octaves below that are enough, whatever the
@@ -148,4 +148,4 @@ class select_row_sample {
   float before_ = 0.0f;    // the lane's first bin
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -9,7 +9,7 @@
 #include "select_row_memory.cuh"
 #include "select_team.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Aligned bins, one a thread, the heaviest first. A bin's mass is exact: shared memory adds 32-bit words fast and
 /// 64-bit ones slowly, so it is kept as two words: how many keys, and the sum of their low bits, from which the mass
@@ -342,4 +342,4 @@ class select_row_threshold {
   std::uint32_t above_ = 0, equal_ = 0;  // nearest keys, by the threshold
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -9,7 +9,7 @@
 #include "../view.hpp"
 #include "select_team.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 // ---- items --------------------------------------------------------------------------------------------------
 // An item is a position or a page; 32 neighbours make a word, and a warp works on one word at a time, a lane an item.
@@ -283,4 +283,4 @@ __device__ __forceinline__ found_threshold<Key> bisect(select_team& team, const 
   return {{bisection_step(max, low), ~std::uint64_t{0}, held_at(low)}, 0};
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

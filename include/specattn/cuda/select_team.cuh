@@ -15,7 +15,7 @@
 #define SPECATTN_CLUSTERS 0
 #endif
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr int select_threads = 256;
 inline constexpr int select_warps = select_threads / 32;
@@ -288,6 +288,6 @@ class select_team {
   bool met_ = false;
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail
 
 #undef SPECATTN_CLUSTERS

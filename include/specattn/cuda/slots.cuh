@@ -6,7 +6,7 @@
 
 #include "../view.hpp"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// How many of the sequences end at or before a slot: the number of the sequence it belongs to, or of sequences where it
 /// belongs to none. For whole warps.
@@ -18,4 +18,4 @@ __device__ inline std::int32_t sequence_of(view<const std::int32_t, 1, cuda> slo
   return static_cast<std::int32_t>(__reduce_add_sync(~0u, before));
 }
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

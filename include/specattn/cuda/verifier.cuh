@@ -19,7 +19,7 @@
 #include "round_layout.cuh"
 #include "verify.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Used by decoder. All work is queued, and captured with the rest of the round.
 template <storage T, class Target>
@@ -150,4 +150,4 @@ class device_verifier {
   buffer<float, cuda> weights_, logits_, probabilities_;
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail

@@ -16,7 +16,7 @@
 #include "sampling.cuh"
 #include "slots.cuh"
 
-namespace specattn::inline v0_1::detail {
+namespace specattn::inline SPECATTN_CODE::detail {
 
 struct sample_launch {
   view<const float, 2, cuda> logits;
@@ -211,4 +211,4 @@ struct verify_impl<cuda> {
   }
 };
 
-}  // namespace specattn::inline v0_1::detail
+}  // namespace specattn::inline SPECATTN_CODE::detail
