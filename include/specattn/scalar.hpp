@@ -48,8 +48,8 @@ SPECATTN_HD inline float to_float(fp16 x) {
   asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
   return wide;
 #else
-  const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
-  const std::uint32_t rest = x.bits & 0x7fffu;
+  const std::uint32_t sign = (std::uint32_t{x.bits} & 0x8000u) << 16;
+  const std::uint32_t rest = std::uint32_t{x.bits} & 0x7fffu;
   if (rest >= 0x7c00u) return __builtin_bit_cast(float, sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
   if (rest < 0x0400u) {  // zero and subnormals: a count of 2^-24
     const float magnitude = static_cast<float>(rest) * 5.9604644775390625e-8f;
@@ -60,8 +60,8 @@ SPECATTN_HD inline float to_float(fp16 x) {
 }
 
 SPECATTN_HD inline float to_float(fp8_e4m3 x) {
-  const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x80u) << 24;
-  const std::uint32_t rest = x.bits & 0x7fu;
+  const std::uint32_t sign = (std::uint32_t{x.bits} & 0x80u) << 24;
+  const std::uint32_t rest = std::uint32_t{x.bits} & 0x7fu;
   if (rest == 0x7fu) return __builtin_bit_cast(float, sign | 0x7fc00000u);
   if (rest < 0x08u) {  // zero and subnormals: a count of 2^-9
     const float magnitude = static_cast<float>(rest) * 0.001953125f;

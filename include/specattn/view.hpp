@@ -12,7 +12,7 @@ namespace specattn::inline SPECATTN_DATA {
 /// One number for each dimension. A std::array that device code may index without special compiler flags.
 template <int Rank>
 struct dimensions {
-  std::ptrdiff_t values[Rank];
+  std::ptrdiff_t values[std::size_t{Rank}];
   [[gnu::always_inline]] SPECATTN_HD constexpr std::ptrdiff_t& operator[](std::ptrdiff_t d) { return values[d]; }
   [[gnu::always_inline]] SPECATTN_HD constexpr std::ptrdiff_t operator[](std::ptrdiff_t d) const { return values[d]; }
   [[gnu::always_inline]] friend constexpr bool operator==(const dimensions&, const dimensions&) = default;

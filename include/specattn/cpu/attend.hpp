@@ -7,7 +7,6 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -126,7 +125,8 @@ class attend_pass {
     pack_queries(m.tile, block);
     aim_at_part(m.tile, part);
     run_split(kernel, m.tile, block, part - block.first_part, peaks);
-    if (std::atomic_ref(block.open).fetch_sub(1, std::memory_order_acq_rel) != 1) return;
+    // not std::atomic_ref, which clang's library lacks before 19
+    if (__atomic_fetch_sub(&block.open, 1, __ATOMIC_ACQ_REL) != 1) return;
     clear_rows(m, block.rows);  // the last one to come merges, in the order of the splits
     for (std::int32_t split = 0; split < block.splits; ++split) {
       aim_at_part(m.tile, block.first_part + split);

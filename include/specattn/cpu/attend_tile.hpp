@@ -96,7 +96,7 @@ struct dot_products {
   std::ptrdiff_t any_stride;
   Rows rows;
   struct result {
-    lanes of[Queries];
+    lanes of[std::size_t{Queries}];
   };
 
   [[gnu::always_inline]] lanes query(int i, int c) const {
@@ -176,13 +176,13 @@ inline void score_rows(int queries, const float* q, std::ptrdiff_t stride, Rows 
 /// head_dim from chunk `column` on. `weights` points at the first row's weight of position 0.
 template <int Columns, int Queries, class Rows>
 inline void add_values(const float* weights, Rows rows, int n, int column, float* sums, std::ptrdiff_t stride) {
-  lanes sum[Queries][Columns];
+  lanes sum[std::size_t{Queries}][std::size_t{Columns}];
 #pragma GCC unroll 8
   for (int i = 0; i < Queries; ++i)
 #pragma GCC unroll 4
     for (int c = 0; c < Columns; ++c) sum[i][c] = lanes::load(sums + i * stride + (column + c) * lanes::width);
   for (int p = 0; p < n; ++p) {
-    lanes v[Columns];
+    lanes v[std::size_t{Columns}];
     rows.enter(p);
 #pragma GCC unroll 4
     for (int c = 0; c < Columns; ++c) v[c] = rows.chunk(p, column + c);

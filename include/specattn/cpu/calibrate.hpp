@@ -104,7 +104,7 @@ inline void add_scaled(const float* row, std::int32_t length, float share, float
   double mass = 0.0;
   for (std::int32_t i = 0; i < length; ++i) mass += static_cast<double>(row[i]);
   if (mass <= 0.0) return;
-  const auto scale = static_cast<float>(share / mass);
+  const auto scale = static_cast<float>(static_cast<double>(share) / mass);
   for (std::int32_t i = 0; i < length; ++i) out[i] += scale * row[i];
 }
 

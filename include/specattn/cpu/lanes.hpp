@@ -12,15 +12,7 @@
 #include "../scalar.hpp"
 
 #if defined(__AVX2__)
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push  // g++ 12 warns of its own header's "undefined" operands
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
-#pragma GCC diagnostic pop
-#else
-#include <immintrin.h>
-#endif
 #endif
 
 // Products that feed a sum are always written as fmadd: left to the compiler, one instance of a template might fuse
@@ -53,6 +45,11 @@ namespace specattn::inline SPECATTN_CODE::detail {
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 
+/// Intrinsics come in their zero-masked form with this mask: the same instructions, but g++ 12 warns of the undefined
+/// operand of the plain form.
+inline constexpr __mmask16 every_lane = 0xffff;
+inline constexpr __mmask8 every_double = 0xff;
+
 struct lanes {
   static constexpr int width = 16;
   static constexpr bool many_registers = true;
@@ -62,27 +59,30 @@ struct lanes {
   [[gnu::always_inline]] static lanes broadcast(float x) { return {_mm512_set1_ps(x)}; }
   [[gnu::always_inline]] static lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
   [[gnu::always_inline]] static lanes load(const fp16* p) {
-    return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+    return {_mm512_maskz_cvtph_ps(every_lane, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
   }
   [[gnu::always_inline]] static lanes load(const bf16* p) {
-    const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-    return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+    const __m512i wide =
+        _mm512_maskz_cvtepu16_epi32(every_lane, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    return {_mm512_castsi512_ps(_mm512_maskz_slli_epi32(every_lane, wide, 16))};
   }
   [[gnu::always_inline]] static lanes load(const fp8_e4m3* p) {
     const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    return {_mm512_mul_ps(_mm512_cvtph_ps(halves_of_fp8(wide)), _mm512_set1_ps(256.0f))};
+    return {_mm512_mul_ps(_mm512_maskz_cvtph_ps(every_lane, halves_of_fp8(wide)), _mm512_set1_ps(256.0f))};
   }
   [[gnu::always_inline]] void store(float* p) const { _mm512_storeu_ps(p, v); }
   [[gnu::always_inline]] void store(fp16* p) const {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_maskz_cvtps_ph(every_lane, v, _MM_FROUND_TO_NEAREST_INT));
   }
   [[gnu::always_inline]] void store(bf16* p) const {
     const __m512i bits = _mm512_castps_si512(v);
-    const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i odd = _mm512_and_si512(_mm512_maskz_srli_epi32(every_lane, bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
     const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
     rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                        _mm512_maskz_cvtepi32_epi16(every_lane, _mm512_maskz_srli_epi32(every_lane, rounded, 16)));
   }
   /// The first n lanes (0 … width), `other` in the rest.
   [[gnu::always_inline]] lanes first(int n, float other) const {
@@ -93,24 +93,30 @@ struct lanes {
 [[gnu::always_inline]] inline lanes subtract(lanes a, lanes b) { return {_mm512_sub_ps(a.v, b.v)}; }
 [[gnu::always_inline]] inline lanes multiply(lanes a, lanes b) { return {_mm512_mul_ps(a.v, b.v)}; }
 [[gnu::always_inline]] inline lanes fmadd(lanes a, lanes b, lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
-[[gnu::always_inline]] inline lanes larger_of(lanes a, lanes b) { return {_mm512_max_ps(a.v, b.v)}; }
+[[gnu::always_inline]] inline lanes larger_of(lanes a, lanes b) {
+  return {_mm512_maskz_max_ps(every_lane, a.v, b.v)};
+}
 /// 2^n * x where `exponent` is n (whole), and 0 where `guard` is below `least`.
 [[gnu::always_inline]] inline lanes scale_by_power(lanes x, lanes exponent, lanes guard, float least) {
   const __mmask16 live = _mm512_cmp_ps_mask(guard.v, _mm512_set1_ps(least), _CMP_NLT_UQ);
   return {_mm512_maskz_scalef_ps(live, x.v, exponent.v)};
 }
+#pragma GCC diagnostic push  // without optimisation the intrinsic is a macro, which hands its mask over as a short
+#pragma GCC diagnostic ignored "-Wsign-conversion"
 [[gnu::always_inline]] inline lanes round_to_whole(lanes x) {
-  return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  return {_mm512_maskz_roundscale_ps(every_lane, x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
+#pragma GCC diagnostic pop
 
-[[gnu::always_inline]] inline __m256 upper_half(lanes x) {
-  return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(x.v), 1));
+template <int Which>
+[[gnu::always_inline]] inline __m256 half(lanes x) {
+  return _mm256_castpd_ps(_mm512_maskz_extractf64x4_pd(every_double, _mm512_castps_pd(x.v), Which));
 }
 [[gnu::always_inline]] inline float sum_of_lanes(lanes x) {
-  return sum_of_lanes(_mm256_add_ps(_mm512_castps512_ps256(x.v), upper_half(x)));
+  return sum_of_lanes(_mm256_add_ps(half<0>(x), half<1>(x)));
 }
 [[gnu::always_inline]] inline float max_of_lanes(lanes x) {
-  return max_of_lanes(_mm256_max_ps(_mm512_castps512_ps256(x.v), upper_half(x)));
+  return max_of_lanes(_mm256_max_ps(half<0>(x), half<1>(x)));
 }
 
 /// Position whose partial sums are leaf k of fold() below, so that its total comes out in lane (that position). Leaf
@@ -122,15 +128,17 @@ template <int Level>
 [[gnu::always_inline]] inline lanes fold(lanes a, lanes b) {
   if constexpr (Level == 1) {  // halves: one shuffle, one blend
     const __m512 kept = _mm512_mask_blend_ps(0xff00, a.v, b.v);
-    return {_mm512_add_ps(kept, _mm512_shuffle_f32x4(a.v, b.v, 0x4e))};
+    return {_mm512_add_ps(kept, _mm512_maskz_shuffle_f32x4(every_lane, a.v, b.v, 0x4e))};
   } else if constexpr (Level == 2) {  // pairs of lanes inside a quarter: one shuffle, one blend
     const __m512 kept = _mm512_mask_blend_ps(0xcccc, a.v, b.v);
-    const __m512d moved = _mm512_shuffle_pd(_mm512_castps_pd(a.v), _mm512_castps_pd(b.v), 0x55);
+    const __m512d moved = _mm512_maskz_shuffle_pd(every_double, _mm512_castps_pd(a.v), _mm512_castps_pd(b.v), 0x55);
     return {_mm512_add_ps(kept, _mm512_castpd_ps(moved))};
   } else if constexpr (Level == 3) {  // quarters
-    return {_mm512_add_ps(_mm512_shuffle_f32x4(a.v, b.v, 0x88), _mm512_shuffle_f32x4(a.v, b.v, 0xdd))};
+    return {_mm512_add_ps(_mm512_maskz_shuffle_f32x4(every_lane, a.v, b.v, 0x88),
+                          _mm512_maskz_shuffle_f32x4(every_lane, a.v, b.v, 0xdd))};
   } else {
-    return {_mm512_add_ps(_mm512_shuffle_ps(a.v, b.v, 0x88), _mm512_shuffle_ps(a.v, b.v, 0xdd))};
+    return {_mm512_add_ps(_mm512_maskz_shuffle_ps(every_lane, a.v, b.v, 0x88),
+                          _mm512_maskz_shuffle_ps(every_lane, a.v, b.v, 0xdd))};
   }
 }
 

@@ -151,7 +151,7 @@ inline float token_loss(const float* logits, std::int32_t vocab, std::int32_t to
   const float max = *std::max_element(logits, logits + vocab);
   double sum = 0.0;
   for (std::int32_t v = 0; v < vocab; ++v) sum += std::exp(static_cast<double>(logits[v] - max));
-  return static_cast<float>(std::log(sum) + max - logits[token]);
+  return static_cast<float>(std::log(sum) + static_cast<double>(max) - static_cast<double>(logits[token]));
 }
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
