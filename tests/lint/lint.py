@@ -263,7 +263,8 @@ def macros_are_few_and_prefixed(files):
         for match in re.finditer(r"^[ \t]*#[ \t]*define[ \t]+(\w+)(\(?)", blank(text), re.MULTILINE):
             name = match.group(1)
             line = line_of(text, match.start())
-            gone = re.search(rf"^[ \t]*#[ \t]*undef[ \t]+{name}\b", text, re.MULTILINE) and name.startswith("SPECATTN_")
+            gone = re.search(rf"^[ \t]*#[ \t]*undef[ \t]+{name}\b", text, re.MULTILINE)
+            gone = gone and name.startswith(("SPECATTN_", "EIGEN_"))
             if name not in MACROS and not gone:
                 yield path, line, f"the macro {name} is not among the public ones (MACROS in lint.py); undefine it"
             if match.group(2):

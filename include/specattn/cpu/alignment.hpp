@@ -1,5 +1,23 @@
-// Fitting an alignment on the cpu: divergences between attention rows, and mixtures by expectation–maximisation.
+// Fitting an alignment on the cpu: divergences between attention rows, and mixtures by expectation–maximisation. Both are
+// products of matrices, which Eigen multiplies; tasks are cut alike for any number of threads.
 #pragma once
+
+#if defined(__CUDACC__) && !defined(EIGEN_NO_CUDA)
+#define EIGEN_NO_CUDA  // only host code here; nvcc warns of Eigen's annotations. For Eigen in kernels include it before
+#define SPECATTN_EIGEN_NO_CUDA
+#endif
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push  // g++ 12 on Eigen's AVX-512 intrinsics, as on ours (lanes.hpp)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <Eigen/Core>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+#if defined(SPECATTN_EIGEN_NO_CUDA)
+#undef EIGEN_NO_CUDA
+#undef SPECATTN_EIGEN_NO_CUDA
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -34,6 +52,14 @@ inline bool copy_normalised(view<const float, 1> row, float* out) {
   }
   return true;
 }
+
+using float_rows = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+using double_rows = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+/// Rows in the caller's memory, `stride` apart.
+using mapped_rows = Eigen::Map<const float_rows, Eigen::Unaligned, Eigen::OuterStride<>>;
+
+/// Positions whose products are summed in float, before the sums are added in double.
+inline constexpr std::ptrdiff_t product_stretch = 512;
 
 /// Sum of products. Runs over independent lanes, which compilers turn into vector code, added up in one fixed order.
 inline double dot(const float* a, const float* b, std::ptrdiff_t length) {
@@ -79,11 +105,10 @@ class divergence_accumulator<cpu> {
                       "divergence: target row ", r, " has no mass");
     }
     ctx.parallel_for(rows, [&](std::ptrdiff_t r, int) { take_logarithms(r, rows_.data() + r * length, length); });
-    ctx.parallel_for(targets_ * drafts_, [&](std::ptrdiff_t pair, int) {
-      const float* const p = rows_.data() + pair / drafts_ * length;
-      const float* const log_q = rows_.data() + (targets_ + pair % drafts_) * length;
-      sums_[static_cast<std::size_t>(pair)] +=
-          entropies_[static_cast<std::size_t>(pair / drafts_)] - detail::dot(p, log_q, length);
+    const std::ptrdiff_t draft_blocks = (drafts_ + draft_block - 1) / draft_block;
+    const std::ptrdiff_t target_blocks = (targets_ + target_block - 1) / target_block;
+    ctx.parallel_for(target_blocks * draft_blocks, [&](std::ptrdiff_t block, int) {
+      add_block(block / draft_blocks * target_block, block % draft_blocks * draft_block, length);
     });
     ++samples_;
   }
@@ -110,6 +135,31 @@ class divergence_accumulator<cpu> {
       if (row[i] > 0.0f) sum += static_cast<double>(row[i]) * static_cast<double>(std::log(row[i]));
     }
     entropies_[static_cast<std::size_t>(r)] = sum;
+  }
+
+  static constexpr std::ptrdiff_t target_block = 16, draft_block = 32;  // rows of a task
+
+  /// Adds the sample's divergences between a block of target rows and one of draft rows.
+  void add_block(std::ptrdiff_t target, std::ptrdiff_t draft, std::ptrdiff_t length) {
+    const std::ptrdiff_t targets = (std::min)(target_block, targets_ - target);
+    const std::ptrdiff_t drafts = (std::min)(draft_block, drafts_ - draft);
+    detail::double_rows sums = detail::double_rows::Zero(targets, drafts);
+    detail::float_rows part(targets, drafts);
+    for (std::ptrdiff_t first = 0; first < length; first += detail::product_stretch) {
+      const std::ptrdiff_t count = (std::min)(detail::product_stretch, length - first);
+      const detail::mapped_rows p(rows_.data() + target * length + first, targets, count,
+                                  Eigen::OuterStride<>(length));
+      const detail::mapped_rows log_q(rows_.data() + (targets_ + draft) * length + first, drafts, count,
+                                      Eigen::OuterStride<>(length));
+      part.noalias() = p * log_q.transpose();
+      sums += part.cast<double>();
+    }
+    for (std::ptrdiff_t j = 0; j < targets; ++j) {
+      for (std::ptrdiff_t i = 0; i < drafts; ++i) {
+        sums_[static_cast<std::size_t>((target + j) * drafts_ + draft + i)] +=
+            entropies_[static_cast<std::size_t>(target + j)] - sums(j, i);
+      }
+    }
   }
 
   std::ptrdiff_t targets_;
@@ -157,9 +207,8 @@ class mixture_fit<cpu> {
     std::vector<detail::mixture_search> searches(
         static_cast<std::size_t>(groups_),
         {static_cast<std::size_t>(shared_ + own_), max_iterations, static_cast<double>(tolerance)});
-    ctx.parallel_for(groups_, [&](std::ptrdiff_t g, int) {
-      detail::mixture_search& search = searches[static_cast<std::size_t>(g)];
-      for (; !search.done(); search.take()) evaluate(g, search.pending());
+    ctx.parallel_for((groups_ + group_block - 1) / group_block, [&](std::ptrdiff_t block, int) {
+      search_block(searches, block * group_block, (std::min)(groups_, (block + 1) * group_block));
     });
     return detail::collect(searches);
   }
@@ -169,15 +218,25 @@ class mixture_fit<cpu> {
     std::ptrdiff_t length;
     std::vector<float> rows;  // targets [groups], shared signals, own signals [groups, own], each [length]
   };
-  static constexpr std::ptrdiff_t stretch = 512;  // positions worked on at a time, near the registers
+  static constexpr std::ptrdiff_t group_block = 16;  // groups of a task, which read the samples together
 
-  const float* signal_row(const sample& s, std::ptrdiff_t g, std::ptrdiff_t i) const {
-    const std::ptrdiff_t row = i < shared_ ? groups_ + i : groups_ + shared_ + g * own_ + (i - shared_);
-    return s.rows.data() + row * s.length;
+  /// A group whose search goes on, and what it asks for.
+  struct reading {
+    std::ptrdiff_t group;
+    detail::mixture_trial* at;
+  };
+
+  /// The rows of a sample, from a position on.
+  detail::mapped_rows rows(const sample& s, std::ptrdiff_t row, std::ptrdiff_t n, std::ptrdiff_t first,
+                           std::ptrdiff_t count) const {
+    return {s.rows.data() + row * s.length + first, n, count, Eigen::OuterStride<>(s.length)};
   }
-  void evaluate(std::ptrdiff_t g, detail::mixture_trial& at) const;
-  void evaluate_stretch(const sample& s, std::ptrdiff_t g, std::ptrdiff_t first, std::ptrdiff_t count,
-                        detail::mixture_trial& at) const;
+  std::ptrdiff_t own_row(std::ptrdiff_t g) const { return groups_ + shared_ + g * own_; }
+
+  void search_block(std::vector<detail::mixture_search>& searches, std::ptrdiff_t begin, std::ptrdiff_t end) const;
+  void evaluate(const std::vector<reading>& readings) const;
+  void evaluate_stretch(const sample& s, const std::vector<reading>& readings, const detail::float_rows& coefficients,
+                        std::ptrdiff_t first, std::ptrdiff_t count, detail::double_rows& gains) const;
 
   std::ptrdiff_t groups_;
   std::ptrdiff_t shared_;
@@ -185,37 +244,73 @@ class mixture_fit<cpu> {
   std::vector<sample> samples_;
 };
 
-inline void mixture_fit<cpu>::evaluate_stretch(const sample& s, std::ptrdiff_t g, std::ptrdiff_t first,
-                                               std::ptrdiff_t count, detail::mixture_trial& at) const {
-  alignas(64) float mixed[stretch] = {}, ratio[stretch];
-  for (std::ptrdiff_t i = 0; i < shared_ + own_; ++i) {
-    const auto coefficient = static_cast<float>(at.coefficients[static_cast<std::size_t>(i)]);
-    const float* const row = signal_row(s, g, i) + first;
-    for (std::ptrdiff_t k = 0; k < count; ++k) mixed[k] += coefficient * row[k];
-  }
-  const float* const goal = s.rows.data() + g * s.length + first;
-  for (std::ptrdiff_t k = 0; k < count; ++k) {
-    ratio[k] = goal[k] / (mixed[k] > detail::divergence_floor ? mixed[k] : detail::divergence_floor);
-    mixed[k] = ratio[k] > 0.0f ? ratio[k] : 1.0f;
-  }
-  for (std::ptrdiff_t k = 0; k < count; ++k) mixed[k] = detail::logarithm(mixed[k]);
-  at.divergence += detail::dot(goal, mixed, count);
-  for (std::ptrdiff_t i = 0; i < shared_ + own_; ++i) {
-    at.gain[static_cast<std::size_t>(i)] += detail::dot(ratio, signal_row(s, g, i) + first, count);
+/// Runs the searches of a block of groups to their ends, each reading of the samples for all that go on.
+inline void mixture_fit<cpu>::search_block(std::vector<detail::mixture_search>& searches, std::ptrdiff_t begin,
+                                           std::ptrdiff_t end) const {
+  std::vector<reading> readings;
+  while (true) {
+    readings.clear();
+    for (std::ptrdiff_t g = begin; g < end; ++g) {
+      detail::mixture_search& search = searches[static_cast<std::size_t>(g)];
+      if (!search.done()) readings.push_back({g, &search.pending()});
+    }
+    if (readings.empty()) return;
+    evaluate(readings);
+    for (const reading& one : readings) searches[static_cast<std::size_t>(one.group)].take();
   }
 }
 
-/// The mean divergence of a group's mixture and its gains.
-inline void mixture_fit<cpu>::evaluate(std::ptrdiff_t g, detail::mixture_trial& at) const {
-  std::fill(at.gain.begin(), at.gain.end(), 0.0);
-  at.divergence = 0.0;
+/// The mean divergence of each group's mixture and its gains.
+inline void mixture_fit<cpu>::evaluate(const std::vector<reading>& readings) const {
+  const auto active = static_cast<std::ptrdiff_t>(readings.size());
+  detail::float_rows coefficients(active, shared_ + own_);
+  detail::double_rows gains = detail::double_rows::Zero(active, shared_ + own_);
+  for (std::ptrdiff_t a = 0; a < active; ++a) {
+    detail::mixture_trial& at = *readings[static_cast<std::size_t>(a)].at;
+    at.divergence = 0.0;
+    coefficients.row(a) =
+        Eigen::Map<const Eigen::RowVectorXd>(at.coefficients.data(), shared_ + own_).template cast<float>();
+  }
   for (const sample& s : samples_) {
-    for (std::ptrdiff_t first = 0; first < s.length; first += stretch) {
-      evaluate_stretch(s, g, first, (std::min)(stretch, s.length - first), at);
+    for (std::ptrdiff_t first = 0; first < s.length; first += detail::product_stretch) {
+      evaluate_stretch(s, readings, coefficients, first, (std::min)(detail::product_stretch, s.length - first),
+                       gains);
     }
   }
-  for (double& one : at.gain) one /= static_cast<double>(samples_.size());
-  at.divergence /= static_cast<double>(samples_.size());
+  for (std::ptrdiff_t a = 0; a < active; ++a) {
+    detail::mixture_trial& at = *readings[static_cast<std::size_t>(a)].at;
+    for (std::ptrdiff_t i = 0; i < shared_ + own_; ++i)
+      at.gain[static_cast<std::size_t>(i)] = gains(a, i) / static_cast<double>(samples_.size());
+    at.divergence /= static_cast<double>(samples_.size());
+  }
+}
+
+inline void mixture_fit<cpu>::evaluate_stretch(const sample& s, const std::vector<reading>& readings,
+                                               const detail::float_rows& coefficients, std::ptrdiff_t first,
+                                               std::ptrdiff_t count, detail::double_rows& gains) const {
+  const auto active = static_cast<std::ptrdiff_t>(readings.size());
+  const detail::mapped_rows shared = rows(s, groups_, shared_, first, count);
+  detail::float_rows ratio(active, count);
+  ratio.noalias() = coefficients.leftCols(shared_) * shared;
+  float logarithms[detail::product_stretch];
+  for (std::ptrdiff_t a = 0; a < active; ++a) {
+    const reading& one = readings[static_cast<std::size_t>(a)];
+    const detail::mapped_rows own = rows(s, own_row(one.group), own_, first, count);
+    if (own_ > 0) ratio.row(a).noalias() += coefficients.row(a).rightCols(own_) * own;
+    const float* const goal = s.rows.data() + one.group * s.length + first;
+    float* const row = ratio.data() + a * count;
+    for (std::ptrdiff_t k = 0; k < count; ++k) {
+      row[k] = goal[k] / (row[k] > detail::divergence_floor ? row[k] : detail::divergence_floor);
+      logarithms[k] = row[k] > 0.0f ? row[k] : 1.0f;
+    }
+    for (std::ptrdiff_t k = 0; k < count; ++k) logarithms[k] = detail::logarithm(logarithms[k]);
+    one.at->divergence += detail::dot(goal, logarithms, count);
+    for (std::ptrdiff_t i = 0; i < own_; ++i)
+      gains(a, shared_ + i) += detail::dot(row, own.data() + i * s.length, count);
+  }
+  detail::float_rows part(active, shared_);
+  part.noalias() = ratio * shared.transpose();
+  gains.leftCols(shared_) += part.cast<double>();
 }
 
 }  // namespace specattn::inline SPECATTN_CODE
