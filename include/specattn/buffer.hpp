@@ -3,8 +3,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <new>
+#include <string>
 #include <type_traits>
 #include <utility>
 
@@ -29,6 +31,9 @@ view<T, static_cast<int>(Rank), B> shape_buffer(T* data, std::size_t size, const
 
 /// `size` elements of a trivially copyable type in the backend's memory, zeroed, 64-byte aligned, freed with the
 /// object. Moves, never copies. The CUDA specialisation is in cuda/context.cuh.
+///
+/// In host memory a large one (from 1 MiB) takes its pages from the system as they are touched: a cache for a long
+/// context costs what is used of it.
 template <class T, backend B = cpu>
 class buffer;
 
@@ -42,10 +47,9 @@ class buffer<T, cpu> {
   buffer() = default;
   explicit buffer(std::size_t size) : size_(size) {
     if (size == 0) return;
-    detail::expects(size <= static_cast<std::size_t>(PTRDIFF_MAX) / sizeof(T), "buffer: ", size, " elements of ",
-                    sizeof(T), " bytes do not fit the address space");
-    data_ = static_cast<T*>(::operator new (bytes(), std::align_val_t{alignment}));
-    std::memset(static_cast<void*>(data_), 0, bytes());
+    detail::expects(size <= (static_cast<std::size_t>(PTRDIFF_MAX) - alignment) / sizeof(T), "buffer: ", size,
+                    " elements of ", sizeof(T), " bytes do not fit the address space");
+    data_ = static_cast<T*>(bytes() < lazy_bytes ? take_at_once(bytes()) : take_lazily(bytes()));
   }
   buffer(buffer&& other) noexcept
       : data_(std::exchange(other.data_, nullptr)), size_(std::exchange(other.size_, 0)) {}
@@ -57,7 +61,12 @@ class buffer<T, cpu> {
   buffer(const buffer&) = delete;
   buffer& operator=(const buffer&) = delete;
   ~buffer() {
-    if (data_ != nullptr) ::operator delete (data_, std::align_val_t{alignment});
+    if (data_ == nullptr) return;
+    if (bytes() < lazy_bytes) {
+      ::operator delete (data_, std::align_val_t{alignment});
+    } else {
+      std::free(taken_for(data_));
+    }
   }
 
   T* data() const { return data_; }
@@ -72,6 +81,29 @@ class buffer<T, cpu> {
   }
 
  private:
+  static constexpr std::size_t lazy_bytes = std::size_t{1} << 20;
+
+  static void* take_at_once(std::size_t bytes) {
+    return std::memset(::operator new (bytes, std::align_val_t{alignment}), 0, bytes);
+  }
+  /// calloc leaves pages that the system hands out zeroed alone, but aligns less: what it gave is noted right before
+  /// the first element, where the alignment leaves room for a pointer.
+  static void* take_lazily(std::size_t bytes) {
+    void* const taken = std::calloc(1, bytes + alignment);
+    if (taken == nullptr) {
+      detail::raise<std::bad_alloc>("buffer: " + std::to_string(bytes) + " bytes of memory are not to be had");
+    }
+    const std::size_t skipped = alignment - reinterpret_cast<std::uintptr_t>(taken) % alignment;
+    std::byte* const first = static_cast<std::byte*>(taken) + skipped;
+    std::memcpy(first - sizeof taken, &taken, sizeof taken);
+    return first;
+  }
+  static void* taken_for(T* data) {
+    void* taken = nullptr;
+    std::memcpy(&taken, reinterpret_cast<std::byte*>(data) - sizeof taken, sizeof taken);
+    return taken;
+  }
+
   T* data_ = nullptr;
   std::size_t size_ = 0;
 };

@@ -49,7 +49,11 @@ void append_part(std::string& text, Number number) { text += std::to_string(numb
 template <class Error>
 [[noreturn]] void raise(const std::string& message) {
 #if defined(__cpp_exceptions)
-  throw Error(message);
+  if constexpr (std::is_constructible_v<Error, const std::string&>) {
+    throw Error(message);
+  } else {
+    throw Error();  // std::bad_alloc, which holds no text
+  }
 #else
   if (failure_handling::handler != nullptr) failure_handling::handler(message.c_str());
   std::abort();  // a handler must not return, and without exceptions there is nobody else to tell
