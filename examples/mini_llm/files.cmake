@@ -6,6 +6,7 @@ endif()
 add_library(mini_llm_files STATIC
   ${CMAKE_CURRENT_LIST_DIR}/bpe.cpp
   ${CMAKE_CURRENT_LIST_DIR}/byte_alphabet.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/config_fields.cpp
   ${CMAKE_CURRENT_LIST_DIR}/json_document.cpp
   ${CMAKE_CURRENT_LIST_DIR}/mapped_file.cpp
   ${CMAKE_CURRENT_LIST_DIR}/model_config.cpp
@@ -16,6 +17,7 @@ add_library(mini_llm_files STATIC
   ${CMAKE_CURRENT_LIST_DIR}/token_finder.cpp
   ${CMAKE_CURRENT_LIST_DIR}/tokenizer.cpp
   ${CMAKE_CURRENT_LIST_DIR}/tokenizer_file.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/unread_weights.cpp
   ${CMAKE_CURRENT_LIST_DIR}/utf8.cpp
   ${CMAKE_CURRENT_LIST_DIR}/vocabulary.cpp)
 target_compile_features(mini_llm_files PUBLIC cxx_std_20)

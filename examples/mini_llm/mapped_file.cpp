@@ -16,6 +16,9 @@
 namespace mini_llm {
 namespace {
 
+/// What a clone without Git LFS has in place of a large file.
+constexpr std::string_view lfs_pointer_start = "version https://git-lfs.github.com/spec/";
+
 /// Closes the descriptor on every way out; the mapping outlives it.
 class descriptor {
  public:
@@ -57,6 +60,12 @@ mapped_file::mapped_file(const std::filesystem::path& path, std::size_t max_byte
   if (address == MAP_FAILED) fail(path, "cannot map", errno);
   data_ = static_cast<const std::byte*>(address);
   size_bytes_ = size_bytes;
+  if (text().starts_with(lfs_pointer_start)) {
+    ::munmap(address, size_bytes);  // no destructor runs behind a constructor that throws
+    throw input_error(path.string(),
+                      "is a Git LFS pointer, not the file it stands for; `git lfs install && git lfs pull` "
+                      "in its repository fetches that");
+  }
 }
 
 mapped_file::mapped_file(mapped_file&& other) noexcept

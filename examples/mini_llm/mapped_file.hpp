@@ -18,7 +18,7 @@ class mapped_file {
   mapped_file() = default;
 
   /// Maps `path`, following symbolic links.
-  /// \throws input_error when the file is missing, unreadable or not a regular file
+  /// \throws input_error when the file is missing, unreadable or not a regular file, or is a pointer of Git LFS
   explicit mapped_file(const std::filesystem::path& path);
 
   /// As above, and refuses a file of more than `max_bytes` before mapping it.

@@ -4,6 +4,7 @@
 #include <string>
 #include <system_error>
 
+#include "config_fields.hpp"
 #include "input_error.hpp"
 #include "json_document.hpp"
 #include "mapped_file.hpp"
@@ -34,6 +35,9 @@ bool flag_or(const json_field& root, std::string_view name, bool absent) {
 
 /// "llama" or "mistral", from `architectures` or, where that is absent, from `model_type`.
 std::string read_family(const json_field& root) {
+  if (const auto type = root.find("model_type"); type && type->text() != "llama" && type->text() != "mistral") {
+    type->refuse("\"llama\" or \"mistral\" expected, got " + in_quotes(type->text()));
+  }
   if (const auto architectures = root.find("architectures")) {
     for (std::size_t i = 0; i < architectures->size(); ++i) {
       if (architectures->at(i).text() == "LlamaForCausalLM") return "llama";
@@ -43,33 +47,30 @@ std::string read_family(const json_field& root) {
         architectures->size() == 0 ? "none" : in_quotes(architectures->at(std::size_t{0}).text());
     architectures->refuse("LlamaForCausalLM or MistralForCausalLM expected, got " + first);
   }
-  const json_field type = root.at("model_type");
-  if (type.text() != "llama" && type.text() != "mistral") {
-    type.refuse("\"llama\" or \"mistral\" expected, got " + in_quotes(type.text()));
-  }
-  return type.text();
+  return root.at("model_type").text();
 }
 
-void refuse_unsupported(const json_field& root, const std::string& family, std::int64_t max_context) {
-  for (const std::string_view bias : {"attention_bias", "mlp_bias"}) {
-    if (flag_or(root, bias, false)) root.at(bias).refuse("biases are not supported");
-  }
-  if (const auto act = root.find("hidden_act"); act && act->text() != "silu") {
-    act->refuse("\"silu\" expected, got " + in_quotes(act->text()));
-  }
-  if (const auto quantisation = root.find("quantization_config")) {
-    quantisation->refuse("quantised weights are not supported");
-  }
+/// Attention may be limited to the newest positions; up to that many it is the same as without a limit, so the limit
+/// becomes one of the context.
+void read_window(const json_field& root, const std::string& family, model_config& config) {
   if (const auto partial = root.find("partial_rotary_factor")) partial->number(1.0, 1.0);
-  if (family != "mistral") return;
-  // This family's default, when the field is absent, is a window of 4096; null switches it off.
   const auto window = root.find("sliding_window");
-  const bool switched_off = !window && root.object().contains("sliding_window");
-  const std::int64_t positions = window ? window->integer(1, INT64_MAX) : switched_off ? max_context : 4096;
-  if (positions < max_context) {
-    root.refuse("sliding_window: attention limited to " + std::to_string(positions) + " of " +
-                std::to_string(max_context) + " positions is not supported");
+  if (const auto types = root.find("layer_types")) {
+    for (std::size_t i = 0; i < types->size(); ++i) {
+      const std::string& type = types->at(i).text();
+      if (type != "full_attention" && !(type == "sliding_attention" && window)) {
+        types->at(i).refuse(in_quotes(type) + " is not supported");
+      }
+    }
   }
+  if (!flag_or(root, "use_sliding_window", true)) return;
+  // Mistral's default, when the field is absent, is a window of 4096; null switches it off.
+  const bool by_default = family == "mistral" && !root.object().contains("sliding_window");
+  if (!window && !by_default) return;
+  const std::int64_t positions = window ? window->integer(1, INT64_MAX) : 4096;
+  if (positions >= config.max_context) return;
+  config.sliding_window = positions;
+  config.max_context = positions;
 }
 
 void read_llama3(const json_field& field, rope_config& rope) {
@@ -88,6 +89,7 @@ void read_llama3(const json_field& field, rope_config& rope) {
 void read_scaling(const json_field& field, rope_config& rope) {
   auto kind = field.find("rope_type");
   if (!kind) kind = field.find("type");
+  if (!kind && field.find("factor")) field.refuse("a factor, but no rope_type that says what it scales");
   if (!kind || kind->text() == "default") return;
   if (kind->text() == "linear") {
     rope.scaling = rope_scaling::linear;
@@ -104,9 +106,16 @@ rope_config read_rope(const json_field& root) {
   constexpr double max_theta = 1e15;
   rope_config rope;
   if (const auto theta = root.find("rope_theta")) rope.theta = theta->number(1.0, max_theta);
-  if (const auto scaling = root.find("rope_scaling")) read_scaling(*scaling, rope);
+  if (const auto scaling = root.find("rope_scaling")) {
+    if (const auto theta = scaling->find("rope_theta")) rope.theta = theta->number(1.0, max_theta);
+    read_scaling(*scaling, rope);
+  }
   // The newer spelling holds the base and the scaling in one object.
   if (const auto parameters = root.find("rope_parameters")) {
+    for (const auto& [name, value] : parameters->object().get_ref<const nlohmann::json::object_t&>()) {
+      if (value.is_structured())
+        parameters->at(name).refuse("parameters of its own for each kind of layer are not supported");
+    }
     if (const auto theta = parameters->find("rope_theta")) {
       rope.theta = theta->number(1.0, max_theta);
     }
@@ -116,14 +125,15 @@ rope_config read_rope(const json_field& root) {
   return rope;
 }
 
-/// A token id or a list of them; absent and null leave `ids` as it is.
+/// A token id or a list of them; absent and null leave `ids` as it is, -1 is no token.
 void read_token_ids(const json_field& root, std::string_view name, std::int64_t vocab,
                     std::vector<std::int32_t>& ids) {
   const auto field = root.find(name);
   if (!field) return;
   ids.clear();
   if (!field->is_array()) {
-    ids.push_back(static_cast<std::int32_t>(field->integer(0, vocab - 1)));
+    const std::int64_t id = field->integer(-1, vocab - 1);
+    if (id >= 0) ids.push_back(static_cast<std::int32_t>(id));
     return;
   }
   for (std::size_t i = 0; i < field->size(); ++i) {
@@ -167,19 +177,20 @@ void read_shape(const json_field& root, model_config& config) {
 
 model_config parse_model_config(std::string_view config_text, std::string_view generation_text,
                                 std::string_view source) {
-  const nlohmann::json document = parse_json(config_text, source);
+  const nlohmann::json document = parse_json(quote_python_numbers(config_text), source);
   const json_field root(document, source);
   const std::string family = read_family(root);
   model_config config;
   read_shape(root, config);
-  refuse_unsupported(root, family, config.max_context);
+  refuse_unread_fields(root);
+  read_window(root, family, config);
   if (const auto eps = root.find("rms_norm_eps")) config.rms_norm_eps = eps->number(0.0, 1.0);
   config.rope = read_rope(root);
   config.tie_word_embeddings = flag_or(root, "tie_word_embeddings", false);
   read_marks(root, config);
   if (!generation_text.empty()) {
     constexpr std::string_view generation_source = "generation_config.json";
-    const nlohmann::json generation = parse_json(generation_text, generation_source);
+    const nlohmann::json generation = parse_json(quote_python_numbers(generation_text), generation_source);
     read_marks(json_field(generation, generation_source), config);
   }
   return config;

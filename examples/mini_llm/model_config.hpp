@@ -34,8 +34,9 @@ struct model_config {
   std::int64_t kv_heads = 0;  ///< divides q_heads
   std::int64_t head_dim = 0;  ///< even; q_heads * head_dim may differ from hidden
   std::int64_t ffn = 0;
-  std::int64_t vocab = 0;        ///< rows of the embedding; may exceed the tokenizer's vocabulary
-  std::int64_t max_context = 0;  ///< positions
+  std::int64_t vocab = 0;                      ///< rows of the embedding; may exceed the tokenizer's vocabulary
+  std::int64_t max_context = 0;                ///< positions, at most those of the sliding window
+  std::optional<std::int64_t> sliding_window;  ///< positions, where that is what limits max_context
   double rms_norm_eps = 1e-6;
   rope_config rope;
   bool tie_word_embeddings = false;
@@ -45,9 +46,10 @@ struct model_config {
 
 /// Reads config.json's text, and generation_config.json's over it (begin and end tokens only).
 ///
-/// Accepted: LlamaForCausalLM, and MistralForCausalLM when no sliding window is in force. What
-/// would change the arithmetic and is not supported (biases, activations other than silu, other
-/// kinds of rope scaling, quantised weights) is refused by name; unknown fields are ignored.
+/// Accepted: LlamaForCausalLM, and MistralForCausalLM within its sliding window. What would change
+/// the arithmetic and is not supported (biases, activations other than silu, other kinds of rope
+/// scaling, factors, soft caps, quantised weights; see refuse_unread_fields()) is refused by name;
+/// other unknown fields are ignored.
 /// \param generation_text may be empty: no such file
 /// \param source          file name of config.json for messages
 /// \throws input_error naming the field and its value

@@ -1,6 +1,7 @@
 #include "model_files.hpp"
 
 #include <algorithm>
+#include <cstdio>
 #include <cstring>
 #include <system_error>
 #include <utility>
@@ -14,6 +15,7 @@ namespace {
 constexpr std::size_t max_index_bytes = 64U << 20;
 constexpr std::string_view whole_name = "model.safetensors";
 constexpr std::string_view index_name = "model.safetensors.index.json";
+constexpr std::string_view adapter_name = "adapter_model.safetensors";
 constexpr std::string_view weights_suffix = ".safetensors";
 
 bool is_plain_shard_name(std::string_view shard) {
@@ -47,6 +49,63 @@ std::optional<std::size_t> first_with_full_exponent(std::span<const std::byte> b
 bool is_there(const std::filesystem::path& path) {
   std::error_code ignored;  // an unreadable directory is reported by the open that follows
   return std::filesystem::exists(path, ignored);
+}
+
+/// What a name like model-00002-of-00004.safetensors says; zeros: it is no such name.
+struct shard_number {
+  unsigned number = 0, of = 0;
+};
+shard_number number_of(const std::string& file) {
+  shard_number read;
+  int length = 0;
+  const bool fits = std::sscanf(file.c_str(), "model-%5u-of-%5u.safetensors%n", &read.number, &read.of, &length) == 2;
+  return fits && static_cast<std::size_t>(length) == file.size() ? read : shard_number{};
+}
+
+[[noreturn]] void refuse_without_weights(const std::filesystem::path& directory,
+                                         const std::vector<std::string>& there) {
+  std::string problem =
+      "no weights: neither " + std::string(whole_name) + " nor " + std::string(index_name) + " is there";
+  for (const std::string& file : there) {
+    const std::string kind = std::filesystem::path(file).extension().string();
+    if (kind == ".gguf" || kind == ".bin" || kind == ".pth" || kind == ".pt" || kind == weights_suffix) {
+      problem += "; " + file +
+                 (kind == weights_suffix ? " is no name that is looked for"
+                                         : " is of a format that is not read (safetensors is)");
+      break;
+    }
+  }
+  throw input_error(directory.string(), problem);
+}
+
+/// The shards of a directory that lacks their index, as some tools leave it: model-00001-of-00002.safetensors, …
+/// \throws input_error when one of them is missing, or all
+std::vector<std::string> shards_without_index(const std::filesystem::path& directory) {
+  std::vector<std::string> files;
+  std::error_code ignored;  // an unreadable directory holds no weights
+  for (const auto& entry : std::filesystem::directory_iterator(directory, ignored)) {
+    files.push_back(entry.path().filename().string());
+  }
+  std::sort(files.begin(), files.end());
+  std::vector<std::string> shards;
+  unsigned of = 0;
+  for (const std::string& file : files) {
+    const shard_number read = number_of(file);
+    if (read.number == 0) continue;
+    if (of == 0) of = read.of;
+    if (read.of != of || read.number != shards.size() + 1) {
+      throw input_error((directory / file).string(),
+                        "does not follow shard " + std::to_string(shards.size()) + " of " + std::to_string(of) +
+                            "; " + std::string(index_name) + " is not there to say which shards belong together");
+    }
+    shards.push_back(file);
+  }
+  if (shards.empty()) refuse_without_weights(directory, files);
+  if (shards.size() != of) {
+    throw input_error(directory.string(), std::to_string(shards.size()) + " of " + std::to_string(of) +
+                                              " shards are there, the last is " + shards.back());
+  }
+  return shards;
 }
 
 }  // namespace
@@ -83,34 +142,54 @@ std::optional<std::size_t> first_non_finite(const stored_tensor& tensor) {
 model_files model_files::open(const std::filesystem::path& directory) {
   model_files files;
   files.directory_ = directory;
+  if (is_there(directory / adapter_name)) {
+    throw input_error((directory / adapter_name).string(),
+                      "an adapter beside the weights is not read; merge it into them first");
+  }
   if (is_there(directory / whole_name)) {
     files.shards_.push_back(safetensors_file::open(directory / whole_name));
-    for (const auto& entry : files.shards_[0].tensors()) files.shard_of_.emplace(entry.first, 0);
   } else if (is_there(directory / index_name)) {
-    const std::filesystem::path index_path = directory / index_name;
-    const mapped_file index_file(index_path, max_index_bytes);
-    std::map<std::string, std::size_t> opened;
-    for (const auto& [tensor_name, shard] : parse_shard_index(index_file.text(), index_path.string())) {
-      const auto [place, fresh] = opened.emplace(shard, files.shards_.size());
-      if (fresh) files.shards_.push_back(safetensors_file::open(directory / shard));
-      if (files.shards_[place->second].find(tensor_name) == nullptr) {
-        throw input_error(index_path.string(), "tensor " + in_quotes(tensor_name) + " is said to be in " +
-                                                   in_quotes(shard) + ", which does not hold it");
-      }
-      files.shard_of_.emplace(tensor_name, place->second);
-    }
+    files.open_indexed();
   } else {
-    throw input_error(directory.string(), "no weights: neither " + std::string(whole_name) + " nor " +
-                                              std::string(index_name) + " is there");
+    for (const std::string& shard : shards_without_index(directory)) {
+      files.shards_.push_back(safetensors_file::open(directory / shard));
+    }
   }
-  for (const auto& [tensor_name, shard] : files.shard_of_) {
-    files.total_bytes_ += files.shards_[shard].find(tensor_name)->bytes.size();
-  }
+  files.gather_tensors();
   return files;
 }
 
-bool model_files::contains(std::string_view tensor_name) const {
-  return shard_of_.find(tensor_name) != shard_of_.end();
+void model_files::open_indexed() {
+  const std::filesystem::path index_path = directory_ / index_name;
+  const mapped_file index_file(index_path, max_index_bytes);
+  std::map<std::string, std::size_t> opened;
+  for (const auto& [tensor_name, shard] : parse_shard_index(index_file.text(), index_path.string())) {
+    const auto [place, fresh] = opened.emplace(shard, shards_.size());
+    if (fresh) shards_.push_back(safetensors_file::open(directory_ / shard));
+    if (shards_[place->second].find(tensor_name) == nullptr) {
+      throw input_error(index_path.string(), "tensor " + in_quotes(tensor_name) + " is said to be in " +
+                                                 in_quotes(shard) + ", which does not hold it");
+    }
+  }
+}
+
+/// All that the files hold, named in the index or not: what nobody asks for must not go unseen.
+void model_files::gather_tensors() {
+  for (std::size_t shard = 0; shard < shards_.size(); ++shard) {
+    for (const auto& [tensor_name, tensor] : shards_[shard].tensors()) {
+      const auto [other, fresh] = shard_of_.emplace(tensor_name, shard);
+      if (!fresh) {
+        throw input_error(shards_[shard].source(), "tensor " + in_quotes(tensor_name) + " is in " +
+                                                       shards_[other->second].source() + " too; which is meant?");
+      }
+      total_bytes_ += tensor.bytes.size();
+    }
+  }
+}
+
+const stored_tensor* model_files::find(std::string_view tensor_name) const {
+  const auto found = shard_of_.find(tensor_name);
+  return found == shard_of_.end() ? nullptr : shards_[found->second].find(tensor_name);
 }
 
 const stored_tensor& model_files::weight(std::string_view tensor_name, std::span<const std::int64_t> shape) const {
@@ -127,7 +206,7 @@ const stored_tensor& model_files::weight(std::string_view tensor_name, std::span
   }
   if (tensor.type != dtype::f32 && tensor.type != dtype::f16 && tensor.type != dtype::bf16) {
     throw input_error(shard.source(), "tensor " + in_quotes(tensor_name) + " is of type " +
-                                          std::string(name(tensor.type)) +
+                                          in_quotes(tensor.type_text) +
                                           "; weights of type F32, F16 or BF16 are supported");
   }
   return tensor;

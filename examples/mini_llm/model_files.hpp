@@ -24,15 +24,19 @@ using shard_index = std::map<std::string, std::string, std::less<>>;
 shard_index parse_shard_index(std::string_view text, std::string_view source);
 
 /// The weights of a Hugging Face model directory: model.safetensors or, when that is absent,
-/// model.safetensors.index.json and the shards it names. Files stay mapped while this lives.
+/// model.safetensors.index.json and the shards it names, or without an index all shards
+/// model-00001-of-0000N.safetensors. Files stay mapped while this lives.
 class model_files {
  public:
   /// \param directory a model directory
-  /// \throws input_error when there are no weights, or when a file is malformed
+  /// \throws input_error when there are no weights, when a file is malformed, when two hold one tensor, and for an
+  ///         adapter beside the weights
   static model_files open(const std::filesystem::path& directory);
 
   /// Whether a tensor of that name is there.
-  bool contains(std::string_view tensor_name) const;
+  bool contains(std::string_view tensor_name) const { return find(tensor_name) != nullptr; }
+  /// The tensor of that name, or nullptr.
+  const stored_tensor* find(std::string_view tensor_name) const;
 
   /// The tensor of that name as weights. Its bytes may be unaligned (see stored_tensor); they
   /// are valid while this object lives.
@@ -40,7 +44,7 @@ class model_files {
   /// \throws input_error when absent, of another shape, or not of type f32, f16 or bf16
   const stored_tensor& weight(std::string_view tensor_name, std::span<const std::int64_t> shape) const;
 
-  /// All tensor names, in order.
+  /// All tensor names of all files, in order.
   std::vector<std::string> names() const;
   /// Bytes of all tensors together.
   std::uint64_t total_bytes() const noexcept { return total_bytes_; }
@@ -51,6 +55,9 @@ class model_files {
   void check_finite() const;
 
  private:
+  void open_indexed();
+  void gather_tensors();
+
   std::filesystem::path directory_;
   std::vector<safetensors_file> shards_;
   std::map<std::string, std::size_t, std::less<>> shard_of_;  // tensor name -> index in shards_

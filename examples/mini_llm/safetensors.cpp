@@ -27,7 +27,7 @@ struct dtype_facts {
   std::size_t size_bytes;
 };
 
-constexpr std::array<dtype_facts, 15> known_dtypes{{
+constexpr std::array<dtype_facts, 16> known_dtypes{{
     {dtype::f32, "F32", 4},
     {dtype::f16, "F16", 2},
     {dtype::bf16, "BF16", 2},
@@ -43,6 +43,7 @@ constexpr std::array<dtype_facts, 15> known_dtypes{{
     {dtype::u16, "U16", 2},
     {dtype::u8, "U8", 1},
     {dtype::boolean, "BOOL", 1},
+    {dtype::unknown, "unknown", 1},
 }};
 
 const dtype_facts& facts(dtype type) { return known_dtypes[static_cast<std::size_t>(type)]; }
@@ -51,7 +52,7 @@ dtype read_dtype(const json_field& field) {
   for (const dtype_facts& known : known_dtypes) {
     if (field.text() == known.name) return known.type;
   }
-  field.refuse("unknown element type " + in_quotes(field.text()));
+  return dtype::unknown;
 }
 
 std::optional<std::uint64_t> product(std::uint64_t a, std::uint64_t b) {
@@ -81,9 +82,11 @@ std::uint64_t required_bytes(dtype type, std::span<const std::int64_t> shape, co
   return *total;
 }
 
-stored_tensor read_tensor(const json_field& entry, std::span<const std::byte> data) {
+stored_tensor read_tensor(const json_field& entry, std::span<const std::byte> data, std::string_view source) {
   stored_tensor tensor;
+  tensor.source = source;
   tensor.type = read_dtype(entry.at("dtype"));
+  tensor.type_text = entry.at("dtype").text();
   tensor.shape = read_shape(entry.at("shape"));
   const std::uint64_t needed = required_bytes(tensor.type, tensor.shape, entry);
 
@@ -98,7 +101,7 @@ stored_tensor read_tensor(const json_field& entry, std::span<const std::byte> da
     offsets.refuse("the range " + range + " lies past the end of the data (" + std::to_string(data.size()) +
                    " bytes); is the file cut short?");
   }
-  if (end - begin != needed) {
+  if (end - begin != needed && tensor.type != dtype::unknown) {
     entry.refuse("element type " + std::string(name(tensor.type)) + " and shape " + shape_text(tensor.shape) +
                  " need " + std::to_string(needed) + " bytes, but the range " + range + " has " +
                  std::to_string(end - begin));
@@ -201,7 +204,7 @@ safetensors_file safetensors_file::parse(std::span<const std::byte> file, std::s
   for (const auto& [tensor_name, entry] : root.object().get_ref<const nlohmann::json::object_t&>()) {
     if (tensor_name == "__metadata__") continue;
     const json_field field(entry, source, "tensor " + in_quotes(tensor_name));
-    result.tensors_.emplace(tensor_name, read_tensor(field, data));
+    result.tensors_.emplace(tensor_name, read_tensor(field, data, source));
   }
   refuse_overlaps(result.tensors_, source);
   return result;

@@ -15,8 +15,9 @@
 namespace mini_llm {
 
 /// Element types a safetensors file may hold. Weights are f32, f16 or bf16; files with the others
-/// are read, but asking for such a tensor as weights is refused (see model_files::weight).
-enum class dtype { f32, f16, bf16, f64, f8_e4m3, f8_e5m2, i64, i32, i16, i8, u64, u32, u16, u8, boolean };
+/// are read, but asking for such a tensor as weights is refused (see model_files::weight). `unknown`
+/// is a type that the format got later: its elements are taken for bytes.
+enum class dtype { f32, f16, bf16, f64, f8_e4m3, f8_e5m2, i64, i32, i16, i8, u64, u32, u16, u8, boolean, unknown };
 
 /// Bytes of one element.
 std::size_t size_bytes(dtype type) noexcept;
@@ -33,7 +34,9 @@ std::string shape_text(std::span<const std::int64_t> shape);
 struct stored_tensor {
   dtype type = dtype::f32;
   std::vector<std::int64_t> shape;   ///< outermost first; empty for a single number
-  std::span<const std::byte> bytes;  ///< product(shape) * size_bytes(type) bytes
+  std::span<const std::byte> bytes;  ///< product(shape) * size_bytes(type) bytes; of an unknown type what is there
+  std::string type_text{};           ///< the type as the file spells it; empty where no file is
+  std::string source{};              ///< name of the file, for messages; empty where no file is
 
   /// Number of elements; a dimension of zero gives zero.
   std::size_t size() const noexcept { return bytes.size() / size_bytes(type); }

@@ -74,9 +74,9 @@ void read_in_chunks(const std::string& name, const stored_tensor& tensor, std::u
     const std::size_t count = std::min(chunk_rows, rows - row);
     const stored_tensor chunk{tensor.type, {}, tensor.bytes.subspan(row * row_bytes, count * row_bytes)};
     if (const auto element = first_non_finite(chunk)) {
-      throw input_error("tensor \"" + name + "\"",
-                        "element " + std::to_string(row * row_bytes / size_bytes(tensor.type) + *element) + " of " +
-                            std::to_string(tensor.size()) + " is NaN or infinite");
+      throw input_error(tensor.source, "tensor \"" + name + "\": element " +
+                                           std::to_string(row * row_bytes / size_bytes(tensor.type) + *element) +
+                                           " of " + std::to_string(tensor.size()) + " is NaN or infinite");
     }
     hash = hash_bytes(hash, chunk.bytes);
     use(static_cast<std::int64_t>(row), static_cast<std::int64_t>(count), chunk.bytes);
@@ -107,6 +107,14 @@ void weight_store::plan(const float*& values, std::int64_t size, const std::stri
   files_->weight(name, std::array{size});
   const std::size_t offset = take(static_cast<std::size_t>(size) * sizeof(float));
   plans_.push_back({nullptr, &values, size, {{name, size, {}}}, offset});
+}
+
+std::vector<std::string> weight_store::names() const {
+  std::vector<std::string> names;
+  for (const planned& plan : plans_) {
+    for (const tensor_source& source : plan.sources) names.push_back(source.name);
+  }
+  return names;
 }
 
 void weight_store::load() {

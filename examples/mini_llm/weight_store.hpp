@@ -46,6 +46,8 @@ class weight_store {
   /// Plans a vector of `size` floats.
   void plan(const float*& values, std::int64_t size, const std::string& name);
 
+  /// Names of the tensors planned so far, until load().
+  std::vector<std::string> names() const;
   /// Of everything planned.
   std::size_t bytes() const { return bytes_; }
 

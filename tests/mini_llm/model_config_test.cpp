@@ -106,6 +106,8 @@ TEST_CASE("model_config: other kinds of rope scaling are read or refused by name
   refused("/rope_scaling/factor", nullptr, {"factor", "missing"});
   refused("/rope_scaling/high_freq_factor", 1.0, {"high_freq_factor", "low_freq_factor"});
   refused("/rope_scaling", "linear", {"rope_scaling", "object"});
+  refused("/rope_scaling", {{"factor", 4.0}}, {"rope_scaling", "rope_type"});
+  refused("/rope_parameters", {{"full_attention", {{"rope_theta", 1e6}}}}, {"rope_parameters.full_attention"});
   refused("/partial_rotary_factor", 0.5, {"partial_rotary_factor", "0.5"});
 }
 
@@ -137,17 +139,30 @@ TEST_CASE("model_config: generation_config.json overrides the begin and end toke
   CHECK(message.find("generation_config.json: eos_token_id[0]") != std::string::npos);
 }
 
-TEST_CASE("model_config: Mistral is read when no sliding window is in force") {
+TEST_CASE("model_config: a sliding window limits the context, up to which it changes nothing") {
   json file = good();
   file["architectures"] = {"MistralForCausalLM"};
+  file["model_type"] = "mistral";
+  const auto context = [&] { return parse_model_config(file.dump()).max_context; };
   file["sliding_window"] = nullptr;
-  CHECK(parse_model_config(file.dump()).layers == 16);
+  CHECK(context() == 131072);
   file["sliding_window"] = 131072;
-  CHECK(parse_model_config(file.dump()).layers == 16);
-  file["sliding_window"] = 4096;
-  CHECK(refusal([&] { parse_model_config(file.dump()); }).find("4096") != std::string::npos);
+  CHECK(context() == 131072);
+  CHECK_FALSE(parse_model_config(file.dump()).sliding_window);
+  file["sliding_window"] = 1024;
+  CHECK(context() == 1024);
+  CHECK(parse_model_config(file.dump()).sliding_window == 1024);
+  file["use_sliding_window"] = false;
+  CHECK(context() == 131072);
+  file.erase("use_sliding_window");
+  file["layer_types"] = {"sliding_attention", "full_attention"};
+  CHECK(context() == 1024);
+  file["layer_types"] = {"linear_attention"};
+  CHECK(refusal(context).find("layer_types[0]: \"linear_attention\"") != std::string::npos);
+  file.erase("layer_types");
   file.erase("sliding_window");
-  CHECK(refusal([&] { parse_model_config(file.dump()); }).find("sliding_window") != std::string::npos);
+  CHECK(context() == 4096);  // the family's default
+  CHECK(with("/sliding_window", 512).max_context == 512);
 }
 
 TEST_CASE("model_config: what would change the arithmetic is refused by name and value") {
@@ -156,8 +171,60 @@ TEST_CASE("model_config: what would change the arithmetic is refused by name and
   refused("/attention_bias", true, {"attention_bias"});
   refused("/mlp_bias", true, {"mlp_bias"});
   refused("/hidden_act", "gelu", {"hidden_act", "gelu"});
+  CHECK(with("/hidden_act", "swish").layers == 16);  // silu by its other name
+  refused("/model_type", "qwen2", {"model_type", "qwen2"});
   refused("/quantization_config", {{"bits", 4}}, {"quantization_config"});
   refused("/tie_word_embeddings", "yes", {"tie_word_embeddings", "yes"});
+}
+
+TEST_CASE("model_config: fields that nobody reads are refused where they would change the arithmetic") {
+  for (const char* name : {"bias", "qkv_bias", "use_bias", "lm_head_bias", "attention_out_bias", "qk_norm",
+                           "use_qk_norm", "qk_layernorm", "use_post_norm", "parallel_attn", "alibi", "use_logn_attn",
+                           "use_dynamic_ntk", "rope_interleaved", "use_parallel_residual", "add_cross_attention"}) {
+    const std::string pointer = std::string("/") + name;
+    refused(pointer.c_str(), true, {name, "true"});
+    CHECK(with(pointer.c_str(), false).layers == 16);
+    CHECK(with(pointer.c_str(), nullptr).layers == 16);
+  }
+  for (const char* name : {"attention_multiplier", "residual_multiplier", "embedding_multiplier", "logit_scale",
+                           "logits_scaling", "scale_emb", "query_pre_attn_scalar", "rotary_pct"}) {
+    const std::string pointer = std::string("/") + name;
+    refused(pointer.c_str(), 0.25, {name, "0.25"});
+    refused(pointer.c_str(), 0.0, {name, "0.0"});
+    CHECK(with(pointer.c_str(), 1.0).layers == 16);
+    CHECK(with(pointer.c_str(), 1).layers == 16);
+  }
+  for (const char* name : {"final_logit_softcapping", "attn_logit_softcapping", "clip_qkv", "num_local_experts"}) {
+    const std::string pointer = std::string("/") + name;
+    refused(pointer.c_str(), 30, {name, "30"});
+    CHECK(with(pointer.c_str(), 0).layers == 16);
+  }
+  refused("/norm_type", "layernorm", {"norm_type", "layernorm"});
+  refused("/quantization", {{"bits", 4}}, {"quantization"});
+  refused("/no_rope_layers", {1, 0}, {"no_rope_layers"});
+}
+
+TEST_CASE("model_config: what trainers and tools leave in a file is no reason to refuse it") {
+  json file = good();
+  file.update(json::parse(R"({
+    "_name_or_path": "x", "attention_dropout": 0.0, "torch_dtype": "bfloat16", "initializer_range": 0.02,
+    "pretraining_tp": 1, "use_cache": true, "transformers_version": "4.46.0", "pad_token_id": 0, "is_decoder": true,
+    "is_llama_config": true, "rope_interleaved": false, "max_sequence_length": 2048, "chunk_size_feed_forward": 0,
+    "cross_attention_hidden_size": null, "layer_norm_eps": 1e-5, "norm_type": "RMSNorm", "max_grad_norm": 1.0,
+    "tensor_parallel_degree": 8, "gradient_clip": 0.5, "neftune_noise_alpha": 5, "unsloth_version": "2025.1",
+    "repetition_penalty": 1.1, "temperature": 0.7, "id2label": {"0": "LABEL_0"}, "sliding_window": null,
+    "rope_type": "default", "max_window_layers": 28, "output_attentions": false, "num_logits_to_keep": 1})"));
+  CHECK(parse_model_config(file.dump()).layers == 16);
+}
+
+TEST_CASE("model_config: Python's Infinity and NaN are refused where a number matters, and nowhere else") {
+  std::string text = good().dump();
+  text.insert(1, "\"time_step_limit\": [0.0, Infinity, -Infinity, NaN], \"note\": \"NaN \\\" Infinity\",");
+  CHECK(parse_model_config(text).layers == 16);
+  std::string harmed = good().dump();
+  const std::string theta = "500000.0";
+  harmed.replace(harmed.find(theta), theta.size(), "Infinity");
+  CHECK(refusal([&] { parse_model_config(harmed); }).find("rope_theta") != std::string::npos);
 }
 
 TEST_CASE("model_config: values out of range are refused with field and value") {
@@ -178,7 +245,8 @@ TEST_CASE("model_config: values out of range are refused with field and value") 
   refused("/rms_norm_eps", -1e-5, {"rms_norm_eps"});
   refused("/rope_theta", 0, {"rope_theta"});
   refused("/eos_token_id", 128256, {"eos_token_id", "128256"});
-  refused("/bos_token_id", -1, {"bos_token_id", "-1"});
+  refused("/bos_token_id", -2, {"bos_token_id", "-2"});
+  CHECK_FALSE(with("/bos_token_id", -1).bos_id);  // how some write "none"
 }
 
 TEST_CASE("model_config: no accepted shape lets a product overflow") {

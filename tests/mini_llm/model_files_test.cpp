@@ -88,6 +88,49 @@ TEST_CASE("model_files: missing files, tensors, shapes and types are refused by 
   refused({"I32"}, [&] { open().weight("x", two); });
 }
 
+TEST_CASE("model_files: tensors that the index does not name are seen, and one that two shards hold is refused") {
+  const scratch_directory directory;
+  const auto open = [&] { return model_files::open(directory.path()); };
+  const auto write_two = [&](const std::string& file, const std::string& first, const std::string& second) {
+    const std::string header = "{\"" + first + R"(": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, ")" +
+                               second + R"(": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}})";
+    const std::uint64_t length = header.size();
+    std::string bytes(sizeof length, '\0');
+    std::memcpy(bytes.data(), &length, sizeof length);
+    directory.write(file, bytes + header + std::string(8, '\0'));
+  };
+  directory.write(index_file, R"({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}})");
+  directory.write("a.safetensors", shard_of("x", {1, 2}));
+  write_two("b.safetensors", "y", "unnamed");
+  CHECK(open().names() == std::vector<std::string>{"unnamed", "x", "y"});
+  write_two("b.safetensors", "y", "x");
+  const std::string message = refusal(open);
+  CHECK(message.find("b.safetensors: tensor \"x\" is in ") != std::string::npos);
+  CHECK(message.find("a.safetensors too") != std::string::npos);
+}
+
+TEST_CASE("model_files: shards without an index are read when all are there") {
+  const scratch_directory directory;
+  const auto open = [&] { return model_files::open(directory.path()); };
+  directory.write("model-00002-of-00002.safetensors", shard_of("y", {3, 4}));
+  CHECK(refusal(open).find("does not follow shard 0 of 2") != std::string::npos);
+  directory.write("model-00001-of-00002.safetensors", shard_of("x", {1, 2}));
+  CHECK(open().names() == std::vector<std::string>{"x", "y"});
+  std::filesystem::remove(directory.path() / "model-00002-of-00002.safetensors");
+  CHECK(refusal(open).find("1 of 2 shards") != std::string::npos);
+}
+
+TEST_CASE("model_files: weights of another format, and an adapter beside the weights, are named") {
+  const scratch_directory directory;
+  const auto open = [&] { return model_files::open(directory.path()); };
+  directory.write("pytorch_model.bin", "x");
+  CHECK(refusal(open).find("pytorch_model.bin is of a format that is not read") != std::string::npos);
+  directory.write("model.safetensors", shard_of("x", {1, 2}));
+  CHECK(open().contains("x"));
+  directory.write("adapter_model.safetensors", shard_of("lora_A", {1, 2}));
+  CHECK(refusal(open).find("adapter_model.safetensors: an adapter") != std::string::npos);
+}
+
 TEST_CASE("model_files: a shard name cannot leave the model's directory") {
   for (const char* shard : {"\"../../etc/passwd\"", "\"../a.safetensors\"", "\"/etc/a.safetensors\"", "\"..\"",
                             "\"\"", "\".safetensors\"", "\"a\\\\b.safetensors\"", "\"a\\u0000.safetensors\"",

@@ -8,6 +8,7 @@
 #include <span>
 #include <utility>
 
+#include "../unread_weights.hpp"
 #include "../weight_store.hpp"
 #include "specattn/random.hpp"
 
@@ -96,6 +97,9 @@ device_weights::device_weights(const model_config& config) : layers_(static_cast
 }
 
 device_weights::device_weights(const model_config& config, const model_files& files) : device_weights(config) {
+  std::vector<std::string> names;
+  for (const tensor& planned : tensors_) names.push_back(planned.name);
+  refuse_unread_weights(config, files, names);
   fingerprint_ = first_weight_hash;
   for (const tensor& planned : tensors_) load(planned, files);
   tensors_.clear();
