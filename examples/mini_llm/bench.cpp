@@ -149,9 +149,10 @@ std::vector<std::int32_t> bench_tokens(const session& with, std::size_t count) {
   std::vector<std::int32_t> tokens;
   const std::filesystem::path prompt = embedded_models() / "prompt.txt";
   std::error_code ignored;
-  if (std::filesystem::exists(prompt, ignored)) tokens = with.target->words.encode(read_text(prompt), true);
+  if (std::filesystem::exists(prompt, ignored)) tokens = with.target->encode(read_text(prompt));
   const std::size_t period = tokens.size();
-  const auto vocab = static_cast<std::uint64_t>(with.target->words.vocab_size());
+  const auto vocab = (std::min)(static_cast<std::uint64_t>(with.target->words.vocab_size()),
+                                static_cast<std::uint64_t>(with.target->config.vocab));
   std::uint64_t state = 1;
   while (tokens.size() < count) {
     state = state * 6364136223846793005u + 1442695040888963407u;
@@ -166,6 +167,7 @@ bench_result measure_prefill(session& with, const bench_options& options, std::i
   specattn::decode_options decode = options.pair.decode;
   decode.draft_length = 0;
   decode.max_positions = tokens + 1;
+  with.require_room(with.guide, decode, decode.max_positions);
   const auto plain = make_engine(*with.ctx, *with.target->model, nullptr, with.kv, with.guide, decode);
   // The last token of a prompt belongs to the first round, so one more is given than is read.
   const std::vector<std::int32_t> prompt = bench_tokens(with, static_cast<std::size_t>(tokens) + 1);
@@ -189,6 +191,7 @@ bench_result measure_decode(session& with, const bench_options& options, const g
   specattn::decode_options decode = options.pair.decode;
   decode.draft_length = draft_length;
   decode.max_positions = depth + tokens + 1;
+  with.require_room(guide, decode, decode.max_positions);
   if (draft_length > 0) {
     row.system = print("%s γ %d", guide.kind == guide_kind::none ? "dense" : std::string(name_of(guide.kind)).c_str(),
                        draft_length);

@@ -1,6 +1,7 @@
 #include "calibrate.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <iostream>
 #include <memory>
 
@@ -16,6 +17,9 @@ namespace {
 
 /// Mean attention of short blocks says little; a text needs this many tokens behind its prefill.
 constexpr std::int32_t least_behind_prefill = 64;
+
+constexpr const char* divergence_suffix = "-divergence.svg";
+constexpr const char* mixtures_suffix = "-mixtures.svg";
 
 template <specattn::storage T>
 specattn::calibration calibrate_as(session& with, const std::vector<token_text>& texts,
@@ -45,6 +49,7 @@ token_text sample_text(session& with, std::int32_t tokens, std::int64_t seed) {
   specattn::decode_options options;
   options.draft_length = 0;
   options.max_positions = tokens;
+  with.require_room(with.guide, options, tokens);
   const auto plain = make_engine(*with.ctx, *with.target->model, nullptr, with.kv, with.guide, options);
   specattn::decode_request request;
   request.prompt = {&first, 1};
@@ -68,6 +73,8 @@ token_text sample_text(session& with, std::int32_t tokens, std::int64_t seed) {
 specattn::calibration calibrate_pair(session& with, const std::vector<token_text>& texts,
                                      const specattn::calibration_options& options) {
   if (!with.draft) throw input_error("calibrate needs a draft model (--model-draft)");
+  set_key_value_range(*with.target->model, with.kv);
+  set_key_value_range(*with.draft->model, with.kv);
   switch (with.kv) {
     case kv_type::f16:
       return calibrate_as<specattn::fp16>(with, texts, options);
@@ -80,8 +87,12 @@ specattn::calibration calibrate_pair(session& with, const std::vector<token_text
 }
 
 void run_calibrate(const calibrate_options& options) {
-  require_folder_of(options.out);
-  if (!options.plot.empty()) require_folder_of(options.plot);
+  require_writable(options.out);
+  if (!options.plot.empty()) {
+    require_writable(options.plot + divergence_suffix);
+    require_writable(options.plot + mixtures_suffix);
+  }
+  for (const std::filesystem::path& file : options.files) require_readable(file);
   specattn::calibration_options fit = options.fit;
   fit.windows = parse_integers(options.windows, "--windows", 1, 1 << 20);
   session_options pair = options.pair;
@@ -99,9 +110,14 @@ void run_calibrate(const calibrate_options& options) {
   if (options.files.empty()) {
     texts.push_back(sample_text(with, limit, options.seed));
   } else {
-    texts = read_texts(options.files, with.target->words, limit, least);
+    texts = read_texts(options.files, *with.target, limit, least);
   }
   const specattn::calibration made = calibrate_pair(with, texts, fit);
+  for (const float divergence : made.fitted.divergence) {
+    if (!std::isfinite(divergence)) {
+      throw input_error("calibrate: the models' attention to these texts is not finite; nothing is written");
+    }
+  }
   if (options.json) {
     std::cout << to_json(made).dump(2) << std::endl;
   } else {
@@ -111,8 +127,8 @@ void run_calibrate(const calibrate_options& options) {
   specattn::save_alignment(made.fitted, options.out.string());
   std::cerr << "alignment written to " << options.out.string() << '\n';
   if (options.plot.empty()) return;
-  write_text(options.plot + "-divergence.svg", draw_divergence(made));
-  write_text(options.plot + "-mixtures.svg", draw_mixtures(made));
+  write_text(options.plot + divergence_suffix, draw_divergence(made));
+  write_text(options.plot + mixtures_suffix, draw_mixtures(made));
 }
 
 void add_calibrate_command(CLI::App& app) {

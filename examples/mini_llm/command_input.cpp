@@ -57,7 +57,7 @@ void add_pair_flags(CLI::App& command, session_options& options) {
   command.add_option("--kv,--cache-type", options.kv, "f16, bf16 or f32")->capture_default_str();
 }
 
-std::vector<token_text> read_texts(const std::vector<std::filesystem::path>& files, const tokenizer& words,
+std::vector<token_text> read_texts(const std::vector<std::filesystem::path>& files, const loaded_model& reader,
                                    std::int32_t limit, std::int32_t least) {
   std::vector<token_text> texts;
   for (const std::filesystem::path& file : files) {
@@ -69,7 +69,7 @@ std::vector<token_text> read_texts(const std::vector<std::filesystem::path>& fil
       while (end > enough - 4 && (static_cast<unsigned char>(text[end]) & 0xC0) == 0x80) --end;
       text.resize(end);
     }
-    token_text read{file == "-" ? "stdin" : file.stem().string(), words.encode(text, true)};
+    token_text read{file == "-" ? "stdin" : file.stem().string(), reader.encode(text)};
     if (static_cast<std::int32_t>(read.tokens.size()) < least) {
       throw input_error(file.string() + ": " + std::to_string(read.tokens.size()) + " tokens; at least " +
                         std::to_string(least) + " are needed");
@@ -78,13 +78,6 @@ std::vector<token_text> read_texts(const std::vector<std::filesystem::path>& fil
     texts.push_back(std::move(read));
   }
   return texts;
-}
-
-void require_folder_of(const std::filesystem::path& file) {
-  const std::filesystem::path folder = file.has_parent_path() ? file.parent_path() : std::filesystem::path(".");
-  std::error_code ignored;
-  if (std::filesystem::is_directory(folder, ignored)) return;
-  throw input_error(file.string() + ": cannot be written: " + folder.string() + " is no folder");
 }
 
 std::vector<double> parse_numbers(const std::string& list, const char* flag, double low, double high) {

@@ -8,7 +8,6 @@
 #include <vector>
 
 #include "session.hpp"
-#include "tokenizer.hpp"
 
 namespace mini_llm {
 
@@ -23,7 +22,7 @@ struct token_text {
 
 /// Reads texts, each cut to at most `limit` tokens; "-" is standard input.
 /// \throws input_error for files that cannot be read or hold fewer than `least` tokens
-std::vector<token_text> read_texts(const std::vector<std::filesystem::path>& files, const tokenizer& words,
+std::vector<token_text> read_texts(const std::vector<std::filesystem::path>& files, const loaded_model& reader,
                                    std::int32_t limit, std::int32_t least);
 
 /// Numbers separated by commas.
@@ -31,10 +30,6 @@ std::vector<token_text> read_texts(const std::vector<std::filesystem::path>& fil
 std::vector<double> parse_numbers(const std::string& list, const char* flag, double low, double high);
 std::vector<std::int32_t> parse_integers(const std::string& list, const char* flag, std::int32_t low,
                                          std::int32_t high);
-
-/// Refuses a file to write whose folder is not there, before the work whose result it is to hold.
-/// \throws input_error
-void require_folder_of(const std::filesystem::path& file);
 
 /// Text by printf's rules.
 std::string print(const char* format, ...) __attribute__((format(printf, 1, 2)));

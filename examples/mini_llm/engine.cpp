@@ -1,6 +1,7 @@
 #include "engine.hpp"
 
 #include <array>
+#include <limits>
 #include <utility>
 #include <variant>
 
@@ -142,8 +143,15 @@ guide_kind parse_guide_kind(std::string_view name) { return parse(guide_names, n
 std::string_view name_of(kv_type type) { return spell(kv_names, type); }
 std::string_view name_of(guide_kind kind) { return spell(guide_names, kind); }
 
+void set_key_value_range(llama& model, kv_type type) {
+  constexpr float rounds_to_infinity = 65520.0f;  // the least that f16's largest, 65504, is not nearest to
+  model.refuse_keys_values_from(type == kv_type::f16 ? rounds_to_infinity : std::numeric_limits<float>::infinity());
+}
+
 std::unique_ptr<engine> make_engine(context<cpu>& ctx, llama& target, llama* draft, kv_type type,
                                     const guide_choice& guide, const specattn::decode_options& options) {
+  set_key_value_range(target, type);
+  if (draft != nullptr) set_key_value_range(*draft, type);
   const auto make = [&]<class T>(T) -> std::unique_ptr<engine> {
     if (draft != nullptr) return std::make_unique<engine_of<T, llama>>(ctx, target, *draft, guide, options);
     static specattn::no_draft none;  // stateless

@@ -65,6 +65,9 @@ class engine {
   virtual const specattn::round_planner* planner() const = 0;
 };
 
+/// Makes a model refuse keys and values that this type cannot hold, and name a type that can.
+void set_key_value_range(llama& model, kv_type type);
+
 /// \param draft null: plain decoding (options.draft_length must be 0, and the guide none, window, quest or oracle)
 /// \throws specattn::contract_error as specattn::decoder
 std::unique_ptr<engine> make_engine(specattn::context<specattn::cpu>& ctx, llama& target, llama* draft, kv_type type,

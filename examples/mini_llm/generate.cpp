@@ -118,8 +118,9 @@ run_result write_text_after(const session& made, const generate_options& options
 
 void generate(generate_options options) {
   options.sampler.seed = options.seed < 0 ? std::random_device{}() : static_cast<std::uint64_t>(options.seed);
+  const std::string given = prompt_text(options);
   session made = open_session(options.session);
-  const std::vector<std::int32_t> prompt = made.target->words.encode(prompt_text(options), true);
+  const std::vector<std::int32_t> prompt = made.target->encode(given);
   if (prompt.empty()) throw input_error("the prompt is empty; give at least one token");
   const std::int64_t limit =
       made.decode.max_positions > 0 ? made.decode.max_positions : made.target->config.max_context;
@@ -127,6 +128,10 @@ void generate(generate_options options) {
     throw input_error("the prompt has " + std::to_string(prompt.size()) + " tokens, the context holds " +
                       std::to_string(limit));
   }
+  // Without -c the context is what this run can fill, not all that the model could.
+  const std::int64_t positions = (std::min)(limit, static_cast<std::int64_t>(prompt.size()) + options.predict);
+  if (made.decode.max_positions == 0) made.decode.max_positions = static_cast<std::int32_t>(positions);
+  made.require_room(made.guide, made.decode, positions);
   std::unique_ptr<engine> decoder = made.make(made.guide, made.decode);
   print_setting(made, options, prompt.size());
   std::signal(SIGINT, [](int) { interrupted.store(true); });

@@ -1,10 +1,15 @@
 #include "llama.hpp"
 
+#include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 #include <utility>
 
+#include "input_error.hpp"
 #include "row_math.hpp"
 #include "specattn/error.hpp"
+#include "unread_weights.hpp"
 
 namespace mini_llm {
 namespace {
@@ -52,6 +57,7 @@ llama::llama(const model_config& config, const model_files& files, std::int32_t 
             count(config.max_context),
             max_slots};
   plan_weights(config, store_, weights_);
+  refuse_unread_weights(config, files, store_.names());
   plan_ = plan_scratch(config, max_slots);
   scratch_ = specattn::buffer<float>(plan_.size);
   store_.load();
@@ -162,7 +168,11 @@ void llama::embed(context<cpu>& ctx, const specattn::forward_batch<>& batch) {
   const packed_matrix& embedding = weights_.embedding.outputs > 0 ? weights_.embedding : weights_.head;
   for_rows(ctx, static_cast<std::int64_t>(batch.tokens.size()), [&](std::int64_t r) {
     const auto slot = static_cast<std::size_t>(r);
-    embedding.read_row(batch.tokens[slot], row(plan_.residual, r));
+    if (batch.tokens[slot] < config_.vocab) {
+      embedding.read_row(batch.tokens[slot], row(plan_.residual, r));
+    } else {
+      std::fill_n(row(plan_.residual, r), config_.hidden, 0.0f);  // see show_vocab()
+    }
     rope_angles(frequencies_, batch.positions[slot], row(plan_.cosines, r), row(plan_.sines, r));
     rms_norm(row(plan_.residual, r), weights_.layers.front().attention_gain, config_.rms_norm_eps, config_.hidden,
              row(plan_.normed, r));
@@ -183,6 +193,23 @@ void llama::make_queries_keys_values(context<cpu>& ctx, std::int32_t layer, std:
                   config_.head_dim / 2);
     }
   });
+}
+
+void llama::check_keys_values(const specattn::forward_batch<>& batch, std::int32_t layer) const {
+  const std::int64_t size = 2 * config_.kv_heads * config_.head_dim;
+  for (std::size_t slot = 0; slot < batch.tokens.size(); ++slot) {
+    const float* const values =
+        row(plan_.heads, static_cast<std::int64_t>(slot)) + config_.q_heads * config_.head_dim;
+    int outside = 0;
+    for (std::int64_t i = 0; i < size; ++i) outside |= static_cast<int>(!(std::abs(values[i]) < key_value_limit_));
+    if (outside == 0) continue;
+    float largest = 0.0f;
+    for (std::int64_t i = 0; i < size; ++i) largest = std::max(largest, std::abs(values[i]));
+    throw input_error(fingerprint_.name, "layer " + std::to_string(layer) + " makes a key or value of magnitude " +
+                                             std::to_string(static_cast<double>(largest)) + " at position " +
+                                             std::to_string(batch.positions[slot]) +
+                                             ", past the range of f16 (65504); --kv bf16 (or f32) holds it");
+  }
 }
 
 void llama::keep_rows(std::span<const std::int32_t> rows) {
@@ -222,9 +249,16 @@ void llama::write_logits(context<cpu>& ctx, std::int64_t rows, specattn::view<fl
   product(ctx, weights_.head, input(plan_.normed, rows),
           [&](std::int64_t r, std::int64_t panel, const float* values) {
             const std::int64_t first = panel * packed_matrix::panel_outputs;
-            const std::int64_t count = std::min(packed_matrix::panel_outputs, config_.vocab - first);
+            const std::int64_t vocab = std::min<std::int64_t>(config_.vocab, shape_.vocab);
+            const std::int64_t count = std::min(packed_matrix::panel_outputs, vocab - first);
+            if (count <= 0) return;
             std::memcpy(&logits(r, first), values, static_cast<std::size_t>(count) * sizeof(float));
           });
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t i = config_.vocab; i < shape_.vocab; ++i) {
+      logits(r, i) = -std::numeric_limits<float>::infinity();
+    }
+  }
 }
 
 }  // namespace mini_llm

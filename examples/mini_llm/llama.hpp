@@ -1,8 +1,10 @@
 // A model of the Llama family on the CPU. It satisfies specattn::language_model and computes in float throughout.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <string>
 #include <vector>
@@ -27,12 +29,19 @@ class llama {
   /// Loads and packs the weights. `files` is not needed afterwards, and its pages are given back on the way.
   /// \param max_slots the most tokens one forward() takes
   /// \param name      for messages and the fingerprint
-  /// \throws input_error for missing, mis-shaped, non-float, NaN or infinite weights
+  /// \throws input_error for missing, mis-shaped, non-float, NaN or infinite weights, and for those it would not read
   llama(const model_config& config, const model_files& files, std::int32_t max_slots, std::string name = "model");
 
   /// What the constructor will allocate, known beforehand. \throws input_error as the constructor, NaN aside
   static std::size_t weight_bytes(const model_config& config, const model_files& files);
   static std::size_t scratch_bytes(const model_config& config, std::int32_t max_slots);
+
+  /// Keys and values of a magnitude from `limit` on are refused: what stores them would make infinities of them, and
+  /// wrong text of those.
+  void refuse_keys_values_from(float limit) { key_value_limit_ = limit; }
+  /// Makes a draft of a model whose embedding has more or fewer rows than the target's (`vocab`), which are padding:
+  /// rows past `vocab` are left out, missing ones have logits of -infinity and read as no token at all.
+  void show_vocab(std::int32_t vocab) { shape_.vocab = vocab; }
 
   std::size_t weight_bytes() const { return store_.bytes(); }
   std::size_t scratch_bytes() const { return scratch_.bytes(); }
@@ -48,7 +57,8 @@ class llama {
   /// See specattn::language_model. Rows outside batch.logit_rows are not computed further than the attention of the
   /// last layer. Allocates nothing.
   /// \param logits [logit_rows, vocab], rows contiguous; may be empty when no rows are wanted
-  /// \throws contract_error for tokens, positions or sizes out of range; nothing is computed then
+  /// \throws contract_error for tokens, positions or sizes out of range; nothing is computed then. input_error for keys
+  ///         or values that are not to be had: see refuse_keys_values_from()
   template <class Attention>
   void forward(specattn::context<specattn::cpu>& ctx, const specattn::forward_batch<>& batch, Attention& attention,
                specattn::view<float, 2> logits) {
@@ -57,6 +67,7 @@ class llama {
     embed(ctx, batch);
     for (std::int32_t layer = 0; layer < shape_.layers; ++layer) {
       make_queries_keys_values(ctx, layer, slots);
+      if (std::isfinite(key_value_limit_)) check_keys_values(batch, layer);
       using rows = specattn::view<const float, 3>;
       attention(layer, rows(heads(slots, 0, shape_.q_heads)), rows(heads(slots, shape_.q_heads, shape_.kv_heads)),
                 rows(heads(slots, shape_.q_heads + shape_.kv_heads, shape_.kv_heads)), attended(slots));
@@ -103,6 +114,7 @@ class llama {
   void check(const specattn::forward_batch<>& batch, specattn::view<float, 2> logits) const;
   void embed(specattn::context<specattn::cpu>& ctx, const specattn::forward_batch<>& batch);
   void make_queries_keys_values(specattn::context<specattn::cpu>& ctx, std::int32_t layer, std::int64_t slots);
+  void check_keys_values(const specattn::forward_batch<>& batch, std::int32_t layer) const;
   void keep_rows(std::span<const std::int32_t> rows);
   void finish_layer(specattn::context<specattn::cpu>& ctx, std::int32_t layer, std::int64_t slots);
   void write_logits(specattn::context<specattn::cpu>& ctx, std::int64_t rows, specattn::view<float, 2> logits);
@@ -125,6 +137,7 @@ class llama {
   model_config config_;
   specattn::model_shape shape_;
   specattn::model_fingerprint fingerprint_;
+  float key_value_limit_ = std::numeric_limits<float>::infinity();
   std::vector<double> frequencies_;  ///< [head_dim / 2]
   weight_store store_;
   model_weights weights_;

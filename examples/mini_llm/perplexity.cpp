@@ -55,12 +55,15 @@ double paired_error(const std::vector<float>& losses, const std::vector<float>& 
   return mean_and_error(differences).second;
 }
 
+/// \param texts of at least `context` tokens
 context_result measure(session& with, const perplexity_options& options, const std::vector<guide_point>& points,
-                       std::int32_t context) {
+                       std::vector<token_text> texts, std::int32_t context) {
   context_result result;
   result.context = context;
-  const std::vector<token_text> texts = read_texts(options.files, with.target->words, context, context);
-  for (const token_text& text : texts) result.texts.push_back(text.name);
+  for (token_text& text : texts) {
+    text.tokens.resize(static_cast<std::size_t>(context));
+    result.texts.push_back(text.name);
+  }
   with.decode.max_positions = context;
   std::vector<float> dense;
   progress_line progress(std::cerr);
@@ -74,6 +77,15 @@ context_result measure(session& with, const perplexity_options& options, const s
     result.points.back().rise_error = paired_error(losses, dense);
   }
   return result;
+}
+
+/// A mean over losses that are no numbers is none either.
+void require_finite(const token_text& text, const std::vector<float>& losses, std::int32_t first) {
+  for (std::size_t i = 0; i < losses.size(); ++i) {
+    if (std::isfinite(losses[i])) continue;
+    throw input_error(print("perplexity: %s: the loss of token %zu is %f; --kv bf16 or f32 may help",
+                            text.name.c_str(), static_cast<std::size_t>(first) + i, static_cast<double>(losses[i])));
+  }
 }
 
 void require_alignment(session& with, const session_options& options, const std::vector<guide_point>& points) {
@@ -177,6 +189,7 @@ point_result score_texts(session& with, const guide_point& point, const std::vec
     const auto first = (std::max)(1, static_cast<std::int32_t>(prefill * length));
     std::vector<float> loss(static_cast<std::size_t>(length - first));
     result.counts += decoder->score(texts[i].tokens, first, loss);
+    require_finite(texts[i], loss, first);
     const std::vector<double> exact(loss.begin(), loss.end());
     result.text_nll.push_back(mean_and_error(exact).first);
     all.insert(all.end(), exact.begin(), exact.end());
@@ -193,8 +206,9 @@ void run_perplexity(const perplexity_options& options) {
   if (options.files.empty()) throw input_error("perplexity: name at least one text with --file");
   if (!(options.prefill > 0 && options.prefill < 1)) throw input_error("--prefill is a share between 0 and 1");
   for (const std::string* file : {&options.plot, &options.json}) {
-    if (!file->empty()) require_folder_of(*file);
+    if (!file->empty()) require_writable(*file);
   }
+  for (const std::filesystem::path& file : options.files) require_readable(file);
   session_options pair = options.pair;
   pair.guide = "none";
   session with = open_session(pair);
@@ -202,9 +216,15 @@ void run_perplexity(const perplexity_options& options) {
   with.guide.rule = pair.rule;
   require_alignment(with, pair, points);
   const std::int32_t limit = with.target->model->shape().max_positions;
+  const std::vector<std::int32_t> contexts = parse_integers(options.contexts, "--contexts", 16, limit);
+  if (contexts.empty()) throw input_error("--contexts: name at least one");
+  // Read once, for the longest: standard input cannot be read again, and a text that is too short is one from the start.
+  const std::int32_t longest = *std::max_element(contexts.begin(), contexts.end());
+  const std::vector<token_text> texts = read_texts(options.files, *with.target, longest, longest);
+  with.require_room(with.guide, with.decode, longest);
   std::vector<context_result> results;
-  for (const std::int32_t context : parse_integers(options.contexts, "--contexts", 16, limit)) {
-    results.push_back(measure(with, options, points, context));
+  for (const std::int32_t context : contexts) {
+    results.push_back(measure(with, options, points, texts, context));
     print_table(std::cout, results.back());
     std::cout.flush();
   }

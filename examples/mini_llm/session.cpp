@@ -1,8 +1,10 @@
 #include "session.hpp"
 
+#include <algorithm>
 #include <utility>
 
 #include "input_error.hpp"
+#include "memory_limit.hpp"
 #include "specattn/alignment_json.hpp"
 
 namespace mini_llm {
@@ -20,6 +22,31 @@ specattn::decode_memory session::engine_bytes() const {
 std::size_t session::weight_bytes() const {
   if (on_device) return on_device->weight_bytes();
   return target->model->weight_bytes() + (draft ? draft->model->weight_bytes() : 0);
+}
+
+void session::require_room(const guide_choice& with, specattn::decode_options options, std::int64_t positions) const {
+  const auto refuse_past = [&](const loaded_model& model, std::int64_t asked, const char* remedy) {
+    if (asked <= model.config.max_context) return;
+    const std::string limit = std::to_string(model.config.max_context);
+    throw input_error(
+        model.directory.string(),
+        (model.config.sliding_window ? "attention sees the last " + limit + " positions (sliding_window)"
+                                     : "the context has " + limit + " positions") +
+            ", " + std::to_string(asked) + " are asked for; " + remedy + " (-c " + limit + ", or less to write: -n)");
+  };
+  options.max_positions = static_cast<std::int32_t>((std::max)(std::int64_t{options.max_positions}, positions));
+  refuse_past(*target, options.max_positions, "give no more");
+  // Not before its last round needs it: a decoder takes a draft for the whole context.
+  if (draft && options.draft_length > 0) {
+    refuse_past(*draft, options.max_positions, "the draft reaches no further; give no more, or --draft 0");
+  }
+  if (on_device) return;
+  options.max_positions = static_cast<std::int32_t>(positions);
+  require_memory(
+      mini_llm::engine_bytes(*target->model, options.draft_length > 0 ? draft_model() : nullptr, kv, with, options)
+          .total(),
+      "a text of " + std::to_string(positions) + " positions",
+      "a smaller context (-c) or fewer tokens (-n) need less");
 }
 
 std::optional<specattn::alignment> find_alignment(const std::filesystem::path& given, const session& with) {
@@ -51,7 +78,7 @@ void load_models(session& made, const session_options& options) {
   // A target of the user's own and no draft: plain decoding.
   if (options.decode.draft_length > 0 && (embedded || !options.draft.empty())) {
     made.draft = load(options.draft.empty() ? embedded_models() / "books-1m" : options.draft);
-    check_same_vocabulary(*made.target, *made.draft);
+    fit_vocabulary(*made.target, *made.draft);
   }
   if (on_device) made.on_device = load_device_pair(*made.target, made.draft.get());
 }
@@ -59,6 +86,7 @@ void load_models(session& made, const session_options& options) {
 }  // namespace
 
 session open_session(const session_options& options) {
+  if (!options.alignment.empty()) require_readable(options.alignment);
   session made;
   made.kv = parse_kv_type(options.kv);
   std::optional<guide_kind> kind;

@@ -45,6 +45,11 @@ struct session {
   /// What the engine of this session's own choice allocates.
   specattn::decode_memory engine_bytes() const;
   std::size_t weight_bytes() const;
+
+  /// Refuses a run that this machine's memory cannot hold, or the models' contexts.
+  /// \param positions of a text, at most
+  /// \throws input_error
+  void require_room(const guide_choice& with, specattn::decode_options options, std::int64_t positions) const;
 };
 
 /// Loads and checks. \throws input_error, specattn::contract_error

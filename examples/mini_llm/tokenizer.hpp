@@ -110,8 +110,9 @@ class tokenizer {
   std::optional<std::int32_t> eos_id_;
 };
 
-/// The first difference between two vocabularies that makes their ids not exchangeable: number of
-/// tokens, a token's spelling, the begin or end token. Nothing when they agree.
+/// The first difference between two vocabularies that makes their ids not exchangeable: a token that
+/// each spells in its own way. Special tokens, tokens that only one has, and which tokens begin and end
+/// a text do not count: the ids of text are the same. Nothing when they agree.
 std::optional<std::string> same_vocabulary(const tokenizer& a, const tokenizer& b);
 
 }  // namespace mini_llm

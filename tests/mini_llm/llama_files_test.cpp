@@ -6,11 +6,13 @@
 #include <filesystem>
 #include <fstream>
 #include <functional>
+#include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <string>
 #include <vector>
 
+#include "engine.hpp"
 #include "golden.hpp"
 #include "input_error.hpp"
 #include "plain_attention.hpp"
@@ -127,6 +129,7 @@ TEST_CASE("llama files: a missing, mis-shaped, integer, NaN or infinite tensor i
     });
     CHECK(message.find(victim) != std::string::npos);
     CHECK(message.find("element 12345") != std::string::npos);
+    CHECK(message.find("model.safetensors: ") != std::string::npos);
   }
   tensor_map lacking = good;
   lacking.erase(victim);
@@ -134,6 +137,90 @@ TEST_CASE("llama files: a missing, mis-shaped, integer, NaN or infinite tensor i
   nlohmann::json untied = config;
   untied["tie_word_embeddings"] = false;
   CHECK(temporary_model(good, untied).refusal().find("lm_head.weight") != std::string::npos);
+}
+
+TEST_CASE("llama files: a tensor that the model would not read is refused by name") {
+  const tensor_map good = books_tensors();
+  nlohmann::json config = books_config();
+  const auto refusal = [&](const std::string& name, std::vector<std::int64_t> shape = {2}) {
+    tensor_map tensors = good;
+    tensors[name] = {"BF16", std::move(shape), std::string(4, '\0')};
+    const std::string message = temporary_model(tensors, config).refusal();
+    CAPTURE(message);
+    CHECK(message.find("model.safetensors: tensor \"" + name + "\"") != std::string::npos);
+    return message;
+  };
+  const std::string layer = "model.layers.1.";
+  CHECK(refusal(layer + "self_attn.q_proj.bias").find("biases") != std::string::npos);
+  CHECK(refusal(layer + "mlp.down_proj.bias").find("biases") != std::string::npos);
+  CHECK(refusal("lm_head.bias").find("biases") != std::string::npos);
+  CHECK(refusal(layer + "self_attn.q_norm.weight").find("norms") != std::string::npos);
+  CHECK(refusal(layer + "self_attn.q_proj.lora_A.weight").find("adapters") != std::string::npos);
+  CHECK(refusal(layer + "mlp.up_proj.weight_scale_inv").find("quantised") != std::string::npos);
+  CHECK(refusal("model.embed_positions.weight").find("no such weight") != std::string::npos);
+  CHECK(refusal("lm_head.weight").find("ties it to") != std::string::npos);
+  CHECK(refusal("model.layers.4.mlp.up_proj.weight").find("num_hidden_layers 4") != std::string::npos);
+  config["num_hidden_layers"] = 3;
+  const std::string fewer = temporary_model(good, config).refusal();
+  CHECK(fewer.find("\"model.layers.3.input_layernorm.weight\" (and 8 more)") != std::string::npos);
+  CHECK(fewer.find("num_hidden_layers 3") != std::string::npos);
+}
+
+TEST_CASE("llama files: rotary tables and a copy of the tied embedding are harmless") {
+  tensor_map tensors = books_tensors();
+  mini_llm::llama plain = temporary_model(tensors, books_config()).load();
+  const auto expected = some_logits(plain);
+  tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = {"F32", {1}, std::string(4, '\1')};
+  tensors["rope.freqs"] = {"F32", {1}, std::string(4, '\1')};
+  tensors["freqs_cis"] = {"C64", {1}, std::string(8, '\1')};
+  tensors["lm_head.weight"] = tensors.at("model.embed_tokens.weight");
+  mini_llm::llama model = temporary_model(tensors, books_config()).load();
+  CHECK(some_logits(model) == expected);
+}
+
+TEST_CASE("llama: keys that a cache of f16 would make infinite are refused with a type that holds them") {
+  tensor_map tensors = books_tensors();
+  tensor& keys = tensors.at("model.layers.1.self_attn.k_proj.weight");
+  for (std::size_t i = 0; i < keys.bytes.size(); i += 2) {
+    specattn::bf16 bits;
+    std::memcpy(&bits, keys.bytes.data() + i, sizeof bits);
+    bits = specattn::from_float<specattn::bf16>(specattn::to_float(bits) * 262144.0f);
+    std::memcpy(keys.bytes.data() + i, &bits, sizeof bits);
+  }
+  mini_llm::llama model = temporary_model(tensors, books_config()).load();
+  CHECK_NOTHROW(some_logits(model));
+  mini_llm::set_key_value_range(model, mini_llm::kv_type::bf16);
+  CHECK_NOTHROW(some_logits(model));
+  mini_llm::set_key_value_range(model, mini_llm::kv_type::f16);
+  std::string message;
+  try {
+    some_logits(model);
+  } catch (const mini_llm::input_error& error) {
+    message = error.what();
+  }
+  CHECK(message.find("layer 1 makes a key or value") != std::string::npos);
+  CHECK(message.find("--kv bf16") != std::string::npos);
+}
+
+TEST_CASE("llama: a model shown with another vocab gives the same logits, and -infinity for rows it lacks") {
+  mini_llm::llama model = temporary_model(books_tensors(), books_config()).load();
+  const auto expected = some_logits(model);
+  for (const std::int32_t vocab : {4010, 4096, 4160}) {
+    CAPTURE(vocab);
+    model.show_vocab(vocab);
+    const auto logits = some_logits(model);
+    REQUIRE(logits.size() == std::size_t{5} * static_cast<std::size_t>(vocab));
+    int different = 0;
+    for (std::int32_t r = 0; r < 5; ++r) {
+      for (std::int32_t i = 0; i < vocab; ++i) {
+        const float logit = logits[static_cast<std::size_t>(r * vocab + i)];
+        const float wanted =
+            i < 4096 ? expected[static_cast<std::size_t>(r * 4096 + i)] : -std::numeric_limits<float>::infinity();
+        different += logit != wanted ? 1 : 0;
+      }
+    }
+    CHECK(different == 0);
+  }
 }
 
 TEST_CASE("llama files: float32 weights, mixed types and an untied copy of the embedding give the same bits") {

@@ -213,7 +213,7 @@ TEST_CASE("tokenizer: tokenizer_config.json decides whether the begin and end to
 
 TEST_CASE("same_vocabulary: agrees with itself and names the first difference") {
   CHECK_FALSE(same_vocabulary(embedded(), tokenizer::load(source_path("examples/models/books-1m"))));
-  CHECK(same_vocabulary(fixture("llama2"), fixture("llama3"))->find("tokens") != std::string::npos);
+  CHECK(same_vocabulary(fixture("llama2"), fixture("llama3"))->find("token ") != std::string::npos);
   auto file = fixture_json("digits");
   const tokenizer before = tokenizer::parse(file.dump());
   auto& vocab = file["model"]["vocab"];
@@ -221,8 +221,19 @@ TEST_CASE("same_vocabulary: agrees with itself and names the first difference") 
   const auto difference = same_vocabulary(before, tokenizer::parse(file.dump()));
   REQUIRE(difference);
   CHECK(difference->find("\"a\"") != std::string::npos);
-  const tokenizer named = tokenizer::parse(fixture_text("digits"), R"({"eos_token": "<|end_of_text|>"})");
-  CHECK(same_vocabulary(before, named)->find("end tokens") != std::string::npos);
+}
+
+TEST_CASE("same_vocabulary: end tokens, names of special tokens and tokens that only one has do not count") {
+  const tokenizer before = tokenizer::parse(fixture_text("digits"));
+  CHECK_FALSE(
+      same_vocabulary(before, tokenizer::parse(fixture_text("digits"), R"({"eos_token": "<|end_of_text|>"})")));
+  auto padded = fixture_json("digits");
+  padded["added_tokens"].push_back({{"id", before.vocab_size()}, {"content", "<pad>"}, {"special", true}});
+  CHECK_FALSE(same_vocabulary(before, tokenizer::parse(padded.dump())));
+  CHECK_FALSE(same_vocabulary(tokenizer::parse(padded.dump()), before));
+  auto renamed = padded;
+  renamed["added_tokens"].back()["content"] = "<|pad|>";
+  CHECK_FALSE(same_vocabulary(tokenizer::parse(padded.dump()), tokenizer::parse(renamed.dump())));
 }
 
 TEST_CASE("tokenizer: long words, runs of spaces and repeated marks are encoded in near-linear time") {
