@@ -196,6 +196,10 @@ point_result score_texts(session& with, const guide_point& point, const std::vec
     losses.insert(losses.end(), loss.begin(), loss.end());
   }
   std::tie(result.nll, result.standard_error) = mean_and_error(all);
+  if (!std::isfinite(perplexity_of(result))) {
+    throw input_error(
+        print("perplexity: a mean loss of %g nats a token has no perplexity; are the weights whole?", result.nll));
+  }
   result.tokens = static_cast<std::int64_t>(all.size());
   result.seconds = seconds_now() - start;
   return result;

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "input_error.hpp"
+#include "mapped_file.hpp"
 #include "memory_limit.hpp"
 #include "specattn/alignment_json.hpp"
 
@@ -86,7 +87,11 @@ void load_models(session& made, const session_options& options) {
 }  // namespace
 
 session open_session(const session_options& options) {
-  if (!options.alignment.empty()) require_readable(options.alignment);
+  if (!options.alignment.empty()) {
+    require_readable(options.alignment);
+    std::error_code ignored;  // a pointer of Git LFS is named by what maps it; a pipe cannot be mapped
+    if (std::filesystem::is_regular_file(options.alignment, ignored)) mapped_file{options.alignment};
+  }
   session made;
   made.kv = parse_kv_type(options.kv);
   std::optional<guide_kind> kind;

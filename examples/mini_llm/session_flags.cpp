@@ -9,7 +9,7 @@ void add_session_flags(CLI::App& command, session_options& o) {
   command.add_option("--guide", o.guide, "none (exact), draft, paper, window, quest or oracle");
   command.add_option("--kv,--cache-type", o.kv, "f16, bf16 or f32")->capture_default_str();
   command.add_option("-t,--threads", o.threads, "0: all")->check(CLI::Range(0, 1024))->capture_default_str();
-  command.add_option("-c,--ctx-size", o.decode.max_positions, "positions; 0: the model's")
+  command.add_option("-c,--ctx-size", o.decode.max_positions, "positions; 0: what the prompt and -n can fill")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   command

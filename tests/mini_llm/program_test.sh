@@ -94,6 +94,49 @@ head -c 1000 "$models/alignment.json" >"$scratch/cut.json"
 refuses "a truncated alignment" "cut.json" generate "${short[@]}" --alignment "$scratch/cut.json"
 refuses "a text that is too short to score" "tokens" perplexity -f /dev/null
 
+# Directories for files, files for directories, and what cannot be written: named, before the work.
+refuses "a directory for a prompt" "$scratch: is a directory" generate -f "$scratch"
+refuses "a directory for a text to score" "$scratch: is a directory" perplexity -f "$scratch"
+refuses "a directory for a text to calibrate with" "$scratch: is a directory" calibrate -f "$scratch" -o "$scratch/a.json"
+refuses "a text to score that is not there" "missing.txt" perplexity -f "$scratch/missing.txt"
+refuses "a directory for an alignment" "$scratch: is a directory" generate "${short[@]}" --alignment "$scratch"
+refuses "a file for a model directory" "config.json: is a file" generate -m "$models/books-1m/config.json"
+refuses "an alignment that would be a directory" "$scratch: is a directory" calibrate --tokens 200 --prefill 64 -o "$scratch"
+refuses "pictures that cannot be written" "none/p-divergence.svg" \
+  calibrate --tokens 200 --prefill 64 -o "$scratch/a.json" --plot "$scratch/none/p"
+refuses "a picture that would be a directory" "$scratch: is a directory" perplexity -f "$models/prompt.txt" --plot "$scratch"
+mkfifo "$scratch/pipe" # not /dev/null: a program that renames its output into place would replace the device
+refuses "results that would replace a pipe" "pipe: is no regular file" perplexity -f "$models/prompt.txt" --json "$scratch/pipe"
+refuses "an alignment that would replace a pipe" "pipe: is no regular file" calibrate --tokens 200 --prefill 64 -o "$scratch/pipe"
+[[ -z $(find "$scratch" -name "*.partial") ]] || fail "trying an output leaves nothing behind"
+
+printf 'GGUF' >"$scratch/model.gguf"
+refuses "a .gguf file" "model.gguf: GGUF files are not read" generate -m "$scratch/model.gguf" "${short[@]}"
+copy=$(copy_of books-1m)
+printf 'version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 9\n' >"$copy/model.safetensors"
+refuses "weights that Git LFS has not fetched" "model.safetensors: is a Git LFS pointer.*git lfs pull" \
+  generate -m "$copy" "${short[@]}"
+
+copy=$(copy_of books-1m)
+sed -i 's/"max_position_embeddings": 4096/"max_position_embeddings": 1048576/' "$copy/config.json"
+small=(-t 1 -p "It was" --temp 0 --draft 0 --guide none -m)
+for context in "" "-c 1048576"; do
+  # shellcheck disable=SC2086
+  succeeds "a long context ${context:-by default}" generate "${small[@]}" "$copy" -n 8 $context
+  peak=$(sed -n 's/^peak memory *= \([0-9]*\) MiB/\1/p' "$err")
+  [[ -n $peak && $peak -lt 300 ]] || fail "8 tokens of a model of 2^20 positions take what they use (${peak} MiB)"
+done
+status=0
+(ulimit -v 600000 && exec "$program" generate "${small[@]}" "$copy" -n 1000000) >"$out" 2>"$err" || status=$?
+[[ $status -eq 1 && ! -s $out ]] && grep -qE "may take [0-9]+ MiB of memory.*can be had.*-c" "$err" ||
+  fail "a run that the memory cannot hold is refused before it begins (exit code $status)"
+
+copy=$(copy_of books-1m)
+sed -i 's/"max_position_embeddings": 4096/"max_position_embeddings": 128/' "$copy/config.json"
+succeeds "a draft of a shorter context, within it" generate "${short[@]}" --md "$copy" --draft 2 --guide none
+refuses "a draft of a shorter context, past it" "128 positions, .* are asked for; the draft.*-c 128" \
+  generate -p "It was" -n 200 --md "$copy" --draft 2 --guide none
+
 if [[ -w /dev/full ]]; then
   status=0
   "$program" generate "${short[@]}" >/dev/full 2>"$err" || status=$?
