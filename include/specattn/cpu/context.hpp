@@ -1,6 +1,7 @@
 // context<cpu>: a team of threads and a workspace.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -12,23 +13,26 @@
 #include "../backend.hpp"
 #include "../buffer.hpp"
 #include "../error.hpp"
+#include "usable_cpus.hpp"
 
 namespace specattn::inline SPECATTN_CODE {
 
 /// A fork-join team. The calling thread is member 0; the others spin briefly between calls, then sleep. A call ends
 /// when its indices are done, not when every member has looked: a member that sleeps, or that the system gave no
-/// processor, holds nobody up. One caller at a time. Nothing is allocated after construction.
+/// processor, holds nobody up. No more threads run than CPUs may be used (usable_cpus()): more would take turns, and those
+/// that spin would keep others from working. One caller at a time. Nothing is allocated after construction.
 template <>
 class context<cpu> {
  public:
-  /// \param threads         members of the team, the caller included; 0: one for each hardware thread
+  /// \param threads         members of the team, the caller included; 0: usable_cpus()
   /// \param workspace_bytes memory for the operations' scratch: the largest of their …_workspace_bytes()
   explicit context(int threads = 0, std::size_t workspace_bytes = 0);
   ~context();
   context(const context&) = delete;
   context& operator=(const context&) = delete;
 
-  int threads() const { return static_cast<int>(workers_.size()) + 1; }
+  /// Members of the team. Work is laid out for so many, whether that many threads run or not.
+  int threads() const { return threads_; }
   std::size_t workspace_bytes() const { return workspace_.size(); }
   /// Allocates a workspace of at least `bytes`; what it held is lost.
   void reserve_workspace(std::size_t bytes) {
@@ -64,6 +68,7 @@ class context<cpu> {
 
   static constexpr int spins_before_sleep = 100000;  // 0.1 to 0.3 ms: longer than sampling between two passes
 
+  int threads_ = 1;
   std::vector<std::thread> workers_;
   buffer<std::byte, cpu> workspace_;
   void* body_ = nullptr;
@@ -79,8 +84,9 @@ class context<cpu> {
 
 inline context<cpu>::context(int threads, std::size_t workspace_bytes) : workspace_(workspace_bytes) {
   detail::expects(threads >= 0 && threads <= 1024, "context: ", threads, " threads; give 0 … 1024");
-  if (threads == 0) threads = static_cast<int>(std::thread::hardware_concurrency());
-  if (threads < 1) threads = 1;
+  const int cpus = usable_cpus();
+  threads_ = threads == 0 ? cpus : threads;
+  threads = (std::min)(threads_, cpus);
   workers_.reserve(static_cast<std::size_t>(threads - 1));
   for (int member = 1; member < threads; ++member) workers_.emplace_back([this, member] { serve(member); });
 }
