@@ -20,7 +20,8 @@ constexpr std::int32_t most = 256, dim = 4;
 /// One layer, one kv head, one sequence of `length` positions in cache row 1.
 struct scene {
   context<cpu> ctx{1};
-  kv_cache<float> cache{{.sequences = 2, .layers = 1, .kv_heads = 1, .head_dim = dim, .max_positions = most}};
+  kv_cache<float> cache{
+      {.sequences = 2, .layers = 1, .kv_heads = 1, .head_dim = dim, .max_positions = most + 1}};  // the slot
   selection<cpu> lists{1, most};
   std::vector<float> query = {1.0f, 0.0f, 0.0f, 0.0f};
   std::int32_t length = 0;
