@@ -16,6 +16,7 @@ struct kv_cache_fixture : cuda_fixture {
 
 #include "kv_cache_cases.hpp"
 #include "kv_cache_fp8_cases.hpp"
+#include "kv_cache_generation_cases.hpp"
 #include "kv_cache_rotary_cases.hpp"
 
 namespace kv_cache_testing {
