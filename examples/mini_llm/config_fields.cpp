@@ -9,14 +9,23 @@ namespace mini_llm {
 namespace {
 
 /// What this program reads, and what changes nothing although its name holds one of the words below.
-constexpr std::string_view harmless_fields[] = {"rms_norm_eps",       "norm_eps",
-                                                "layer_norm_eps",     "layer_norm_epsilon",
-                                                "rms_norm",           "use_rms_norm",
-                                                "rope_theta",         "rope_scaling",
-                                                "rope_parameters",    "partial_rotary_factor",
-                                                "sliding_window",     "sliding_window_pattern",
-                                                "use_sliding_window", "max_window_layers",
-                                                "scale_attn_weights", "max_sliding_window"};
+constexpr std::string_view harmless_fields[] = {"rms_norm_eps",
+                                                "norm_eps",
+                                                "layer_norm_eps",
+                                                "layer_norm_epsilon",
+                                                "rms_norm",
+                                                "use_rms_norm",
+                                                "rope_theta",
+                                                "rope_scaling",
+                                                "rope_parameters",
+                                                "partial_rotary_factor",
+                                                "sliding_window",
+                                                "sliding_window_pattern",
+                                                "use_sliding_window",
+                                                "max_window_layers",
+                                                "scale_attn_weights",
+                                                "max_sliding_window",
+                                                "no_bias"};
 
 /// Words of fields about training alone.
 constexpr std::string_view training_words[] = {"grad", "gradient", "train", "training",    "optimizer", "lr",

@@ -213,7 +213,7 @@ TEST_CASE("model_config: what trainers and tools leave in a file is no reason to
     "cross_attention_hidden_size": null, "layer_norm_eps": 1e-5, "norm_type": "RMSNorm", "max_grad_norm": 1.0,
     "tensor_parallel_degree": 8, "gradient_clip": 0.5, "neftune_noise_alpha": 5, "unsloth_version": "2025.1",
     "repetition_penalty": 1.1, "temperature": 0.7, "id2label": {"0": "LABEL_0"}, "sliding_window": null,
-    "rope_type": "default", "max_window_layers": 28, "output_attentions": false, "num_logits_to_keep": 1})"));
+    "rope_type": "default", "max_window_layers": 28, "no_bias": true, "output_attentions": false, "num_logits_to_keep": 1})"));
   CHECK(parse_model_config(file.dump()).layers == 16);
 }
 
