@@ -77,9 +77,10 @@ void print_setting(const session& made, const generate_options& options, std::si
   std::cerr << "\nprompt " << prompt_tokens << " tokens, seed " << options.sampler.seed << ", temperature "
             << options.sampler.temperature << ", "
             << (made.on_device ? made.on_device->device_name() : std::to_string(made.ctx->threads()) + " threads")
-            << ", KV " << name_of(made.kv) << "\nmemory, at most: weights " << megabytes(made.weight_bytes()) << ", caches "
-            << megabytes(memory.target_cache + memory.draft_cache) << ", recordings " << megabytes(memory.recordings)
-            << ", selections and logits " << megabytes(memory.selections + memory.logits) << "\n\n";
+            << ", KV " << name_of(made.kv) << "\nmemory, at most: weights " << megabytes(made.weight_bytes())
+            << ", caches " << megabytes(memory.target_cache + memory.draft_cache) << ", recordings "
+            << megabytes(memory.recordings) << ", selections and logits "
+            << megabytes(memory.selections + memory.logits) << "\n\n";
 }
 
 run_result write_text_after(const session& made, const generate_options& options, engine& decoder,
