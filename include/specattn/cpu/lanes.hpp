@@ -342,9 +342,9 @@ inline lanes load_first(const T* p, int n) {
 /// The same for any x: infinity above 88.72, where floats end.
 [[gnu::always_inline]] inline lanes exp_any(lanes x) {
   x = subtract(lanes::zero(),
-               greater(lanes::broadcast(-89.0f), subtract(lanes::zero(), x)));  // at most 89; NaN stays
+               larger_of(lanes::broadcast(-89.0f), subtract(lanes::zero(), x)));  // at most 89; NaN stays
   const lanes n = round_to_whole(multiply(x, lanes::broadcast(1.44269504088896341f)));
-  const lanes over = greater(subtract(n, lanes::broadcast(127.0f)), lanes::zero());  // 0 or 1: 2^128 is no float
+  const lanes over = larger_of(subtract(n, lanes::broadcast(127.0f)), lanes::zero());  // 0 or 1: 2^128 is no float
   const lanes y = scale_by_power(exp_remainder(x, n), subtract(n, over), x, -87.3f);
   return multiply(y, add(over, lanes::broadcast(1.0f)));
 }

@@ -30,7 +30,7 @@ class captured_graph {
   captured_graph(const captured_graph&) = delete;
   captured_graph& operator=(const captured_graph&) = delete;
   ~captured_graph() {
-    if (executable_ != nullptr) static_cast<void>(cudaGraphExecDestroy(executable_));
+    if (executable_ != nullptr) drop_error(cudaGraphExecDestroy(executable_));
   }
 
   void launch(cudaStream_t stream) const { check_cuda(cudaGraphLaunch(executable_, stream), "decode: launch"); }
@@ -46,10 +46,9 @@ class captured_graph {
     recorder& operator=(const recorder&) = delete;
     ~recorder() {
       if (open) {
-        static_cast<void>(cudaStreamEndCapture(stream, &graph));
-        static_cast<void>(cudaGetLastError());
+        drop_error(cudaStreamEndCapture(stream, &graph));
       }
-      if (graph != nullptr) static_cast<void>(cudaGraphDestroy(graph));
+      if (graph != nullptr) drop_error(cudaGraphDestroy(graph));
     }
     void end() {
       open = false;
@@ -71,6 +70,7 @@ class pinned_buffer {
   pinned_buffer() = default;
   explicit pinned_buffer(std::size_t size) : size_(size) {
     if (size == 0) return;
+    const relaxed_capture relaxed;
     check_cuda(cudaMallocHost(reinterpret_cast<void**>(&data_), size * sizeof(T)), "pinned_buffer");
     for (std::size_t i = 0; i < size; ++i) data_[i] = T{};
   }
@@ -84,7 +84,9 @@ class pinned_buffer {
   pinned_buffer(const pinned_buffer&) = delete;
   pinned_buffer& operator=(const pinned_buffer&) = delete;
   ~pinned_buffer() {
-    if (data_ != nullptr) static_cast<void>(cudaFreeHost(data_));
+    if (data_ == nullptr) return;
+    const relaxed_capture relaxed;
+    drop_error(cudaFreeHost(data_));
   }
 
   T* data() const { return data_; }
@@ -108,7 +110,7 @@ class timing_event {
   timing_event(const timing_event&) = delete;
   timing_event& operator=(const timing_event&) = delete;
   ~timing_event() {
-    if (event_ != nullptr) static_cast<void>(cudaEventDestroy(event_));
+    if (event_ != nullptr) drop_error(cudaEventDestroy(event_));
   }
 
   /// Inside a capture: each replay records it anew.
