@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what building SpecAttn needs and is not here yet, through apt. Silent, and without network, when all is here.
 #   bash cmake/setup.sh          compilers, CMake and the libraries of the library, its tests and the mini-LLM
-#   bash cmake/setup.sh --dev    also clang, clang-format, clang-tidy, the fuzzer's runtime and python3
+#   bash cmake/setup.sh --dev    also clang, its library, clang-format, clang-tidy, the fuzzer's runtime and python3
 set -euo pipefail
 
 # Debian package, and a command or a file that shows it is here even if it came another way.
@@ -18,6 +18,8 @@ wanted=(
 )
 development=(
   "clang             clang++"
+  "libc++-dev        /usr/lib/llvm-14/include/c++/v1/vector"
+  "libc++abi-dev     /usr/lib/llvm-14/lib/libc++abi.so"
   "clang-format-14   clang-format-14"
   "clang-tidy-14     clang-tidy-14"
   "libclang-rt-14-dev /usr/lib/llvm-14/lib/clang/14.0.6/lib/linux/libclang_rt.fuzzer-x86_64.a"

@@ -13,6 +13,8 @@
 #include "mixture_search.hpp"
 #include "view.hpp"
 
+#include "words_begin.hpp"
+
 namespace specattn::inline SPECATTN_DATA {
 
 /// What identifies a model to an alignment: one made for other models is refused.
@@ -291,3 +293,5 @@ inline mixture_result collect(const std::vector<mixture_search>& searches) {
 }  // namespace detail
 
 }  // namespace specattn::inline SPECATTN_CODE
+
+#include "words_end.hpp"

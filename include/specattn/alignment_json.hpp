@@ -20,6 +20,8 @@
 #include "alignment.hpp"
 #include "error.hpp"
 
+#include "words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE {
 
 /// Of the file's fields; raised when their meaning changes.
@@ -241,3 +243,5 @@ inline alignment load_alignment(const std::string& path, const model_fingerprint
 }
 
 }  // namespace specattn::inline SPECATTN_CODE
+
+#include "words_end.hpp"

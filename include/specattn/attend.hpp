@@ -12,6 +12,8 @@
 #include "selection.hpp"
 #include "view.hpp"
 
+#include "words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE {
 
 /// Which slots leave their weights behind.
@@ -157,3 +159,5 @@ void attend(context<B>& ctx, const attend_args<T, B>& args) {
 }
 
 }  // namespace specattn::inline SPECATTN_CODE
+
+#include "words_end.hpp"

@@ -11,6 +11,8 @@
 #include "selection.hpp"
 #include "view.hpp"
 
+#include "words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE {
 
 /// A function to be called with a layer's queries before it attends, for guides that look at them.
@@ -86,3 +88,5 @@ class attention_pass {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE
+
+#include "words_end.hpp"

@@ -11,6 +11,9 @@ namespace specattn::inline SPECATTN_DATA {
 struct cpu {};
 /// Device memory, worked on along one stream. Implemented under cuda/.
 struct cuda {};
+/// The same by a name that no other library has: after `using namespace specattn` in a .cu file `cuda` is ambiguous, since
+/// the toolkit has a namespace ::cuda.
+using device = cuda;
 
 template <class B>
 concept backend = std::same_as<B, cpu> || std::same_as<B, cuda>;

@@ -10,8 +10,10 @@
 #endif
 
 // NaN logits are refused, masked scores are -inf, and rounding is done by adding and subtracting a large number.
-#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ > 0) || defined(__ASSOCIATIVE_MATH__)
-#error "SpecAttn needs NaN, infinities and the order of sums: no -ffast-math or -Ofast (add -fno-fast-math to this target)"
+#if defined(__FAST_MATH__) || (defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__ > 0) || \
+    defined(__ASSOCIATIVE_MATH__)
+#error \
+    "SpecAttn needs NaN, infinities and the order of sums: no -ffast-math or -Ofast (add -fno-fast-math to this target)"
 #endif
 
 /// Marks a function that host and device code share.

@@ -11,6 +11,8 @@
 #include "decode_options.hpp"
 #include "error.hpp"
 
+#include "words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE {
 
 /// Seconds of one pass of a model over `slots` tokens that reads `rows` KV rows (one position's K and V in one layer
@@ -255,3 +257,5 @@ class round_planner {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE
+
+#include "words_end.hpp"

@@ -1,6 +1,10 @@
 // What a CUDA user includes: the core and the device's specialisations. Needs nvcc and the toolkit's CUB.
 #pragma once
 
+#if !defined(__CUDACC__)
+#error \
+    "specattn/cuda.cuh holds device code: compile this file with nvcc (a name in .cu, or the CMake property LANGUAGE CUDA)"
+#else
 #include "cuda/alignment.cuh"
 #include "cuda/attend.cuh"
 #include "cuda/context.cuh"
@@ -12,3 +16,4 @@
 #include "cuda/recompute.cuh"
 #include "cuda/select.cuh"
 #include "cuda/verify.cuh"
+#endif

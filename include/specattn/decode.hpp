@@ -19,6 +19,8 @@
 #include "model.hpp"
 #include "sequence_table.hpp"
 
+#include "words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE {
 
 /// Stands for a draft model where there is none: plain decoding, draft_length 0.
@@ -315,3 +317,5 @@ decoder<T, Target, Draft, Guide, B> make_decoder(context<B>& ctx, Target& target
 }
 
 }  // namespace specattn::inline SPECATTN_CODE
+
+#include "words_end.hpp"

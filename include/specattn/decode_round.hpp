@@ -9,6 +9,8 @@
 #include "decode_options.hpp"
 #include "decode_state.hpp"
 
+#include "words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Appends a round's accepted drafts and the target's own token, up to a stop token or the limit; returns the counts.
@@ -54,3 +56,5 @@ inline decode_counts commit_round(sequence_state& seq, std::span<const std::int3
 }
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "words_end.hpp"

@@ -15,6 +15,8 @@
 #include "selection.hpp"
 #include "view.hpp"
 
+#include "words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 /// One running text. The target has cached everything but its last token; the draft may lack the last two.
@@ -118,3 +120,5 @@ inline void check_decode(const model_shape& target, const model_shape& draft, co
 }
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "words_end.hpp"

@@ -14,6 +14,8 @@
 #include "importance.hpp"
 #include "select.hpp"
 
+#include "words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE {
 
 namespace detail {
@@ -264,3 +266,5 @@ class draft_guide : public detail::draft_guide_base<draft_guide<B>, B> {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE
+
+#include "words_end.hpp"

@@ -15,6 +15,8 @@
 #include "selection.hpp"
 #include "view.hpp"
 
+#include "words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE {
 
 /// The coefficients of an alignment without their zeros, in the order they are used.
@@ -196,3 +198,5 @@ void mix_importance(context<B>& ctx, const resident_mixture<B>& mixture, const i
 }
 
 }  // namespace specattn::inline SPECATTN_CODE
+
+#include "words_end.hpp"

@@ -13,6 +13,8 @@
 #include "scalar.hpp"
 #include "view.hpp"
 
+#include "words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE {
 
 /// What recorded weights are stored as. On cuda, where they go through memory, half of the bytes are half of the time.
@@ -119,3 +121,5 @@ void record_keys(context<B>& ctx, const key_recording_args<T, B>& args) {
 }
 
 }  // namespace specattn::inline SPECATTN_CODE
+
+#include "words_end.hpp"

@@ -10,6 +10,8 @@
 
 #include "config.hpp"
 
+#include "words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Where an approximating distribution is smaller it counts as this much of its mass: a divergence stays finite.
@@ -121,3 +123,5 @@ class mixture_search {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "words_end.hpp"

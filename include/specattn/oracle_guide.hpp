@@ -10,6 +10,8 @@
 #include "guide.hpp"
 #include "select.hpp"
 
+#include "words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE {
 
 /// Scratch that a decoder keeps for an oracle_guide.
@@ -115,3 +117,5 @@ class oracle_guide : public remembering_guide<oracle_guide<B>, oracle_memory<B>>
 };
 
 }  // namespace specattn::inline SPECATTN_CODE
+
+#include "words_end.hpp"

@@ -11,6 +11,8 @@
 #include "model.hpp"
 #include "view.hpp"
 
+#include "words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Queries and log-sum-exps of a round's recorded steps, of as many slots as the largest step has: two a sequence.
@@ -54,3 +56,5 @@ class query_memory {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "words_end.hpp"

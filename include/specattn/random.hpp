@@ -5,6 +5,8 @@
 
 #include "config.hpp"
 
+#include "words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE {
 
 /// Four 32-bit words: a counter of Philox, or what it makes of one.
@@ -42,3 +44,5 @@ SPECATTN_HD constexpr double uniform(std::uint64_t seed, std::uint64_t position,
 }
 
 }  // namespace specattn::inline SPECATTN_CODE
+
+#include "words_end.hpp"

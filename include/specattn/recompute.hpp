@@ -11,6 +11,8 @@
 #include "selection.hpp"
 #include "view.hpp"
 
+#include "words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE {
 
 /// What a pass of attention was asked for, as attend_args says it, and the log-sum-exp it returned. Values are not
@@ -86,3 +88,5 @@ void recompute(context<B>& ctx, const recompute_args<T, B>& args) {
 }
 
 }  // namespace specattn::inline SPECATTN_CODE
+
+#include "words_end.hpp"

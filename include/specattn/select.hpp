@@ -12,6 +12,8 @@
 #include "selection.hpp"
 #include "view.hpp"
 
+#include "words_begin.hpp"
+
 namespace specattn::inline SPECATTN_DATA {
 
 /// How the rows of a group (draft steps × heads, or whatever the caller groups) become one list.
@@ -134,3 +136,5 @@ void select(context<B>& ctx, const importance<T, B>& from, const selection_rule&
 }
 
 }  // namespace specattn::inline SPECATTN_CODE
+
+#include "words_end.hpp"

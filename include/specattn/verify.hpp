@@ -10,6 +10,8 @@
 #include "sampling.hpp"
 #include "view.hpp"
 
+#include "words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE {
 
 /// One round's decisions for a batch. Sequence s has slots slot_offsets(s) … slot_offsets(s + 1) - 1, at least one:
@@ -113,3 +115,5 @@ void verify(context<B>& ctx, const verify_args<B>& args) {
 }
 
 }  // namespace specattn::inline SPECATTN_CODE
+
+#include "words_end.hpp"

@@ -21,6 +21,8 @@
 #include "context.hpp"
 #include "key_recording.hpp"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 /// One call of attend().
@@ -316,3 +318,5 @@ struct attend_impl<cpu> {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

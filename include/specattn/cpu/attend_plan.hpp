@@ -8,6 +8,8 @@
 #include "../attend.hpp"
 #include "attend_tile.hpp"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Query rows of one sequence and kv head that are worked on together: slot and head of the group, slots slowest.
@@ -184,3 +186,5 @@ class attend_plan {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

@@ -17,6 +17,8 @@
 #include "alignment.hpp"
 #include "context.hpp"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE {
 
 struct calibration_options {
@@ -357,3 +359,5 @@ template <storage T, class Target, class Draft, class Progress>
   }
 
 }  // namespace specattn::inline SPECATTN_CODE
+
+#include "../words_end.hpp"

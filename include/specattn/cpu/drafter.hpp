@@ -20,6 +20,8 @@
 #include "kept_lists.hpp"
 #include "round_batch.hpp"
 
+#include "words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Used by decoder. Every sequence of the batch stays in every draft step, without slots once it has drafted enough,
@@ -349,3 +351,5 @@ class drafter {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "words_end.hpp"

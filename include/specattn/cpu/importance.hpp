@@ -11,6 +11,8 @@
 #include "context.hpp"
 #include "lanes.hpp"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 template <>
@@ -187,3 +189,5 @@ struct importance_impl<cpu> {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

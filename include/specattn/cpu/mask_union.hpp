@@ -8,6 +8,8 @@
 #include "../mask_union.hpp"
 #include "context.hpp"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 template <>
@@ -77,3 +79,5 @@ struct mask_union_impl<cpu> {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

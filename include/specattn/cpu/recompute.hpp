@@ -10,6 +10,8 @@
 #include "context.hpp"
 #include "key_products.hpp"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 /// One call of recompute().
@@ -146,3 +148,5 @@ struct recompute_impl<cpu> {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

@@ -10,6 +10,8 @@
 #include "context.hpp"
 #include "select_passes.hpp"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 /// One member's part of the workspace. Arrays that a rule does not need are null.
@@ -264,3 +266,5 @@ struct select_impl<cpu> {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

@@ -8,6 +8,8 @@
 #include "context.hpp"
 #include "sampling.hpp"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 template <>
@@ -154,3 +156,5 @@ struct verify_impl<cpu> {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

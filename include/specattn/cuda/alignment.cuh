@@ -14,6 +14,8 @@
 #include "alignment_kernels.cuh"
 #include "context.cuh"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE {
 
 template <>
@@ -243,3 +245,5 @@ class mixture_fit<cuda> {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE
+
+#include "../words_end.hpp"

@@ -13,6 +13,8 @@
 #include "context.cuh"
 #include "launch.cuh"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr int alignment_threads = 256;
@@ -231,3 +233,5 @@ static __global__ void __launch_bounds__(alignment_threads)
 }
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

@@ -27,6 +27,8 @@
 #include "key_recording.cuh"
 #include "launch.cuh"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 template <storage T, class Tile>
@@ -162,3 +164,5 @@ struct attend_impl<cuda> {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

@@ -11,6 +11,8 @@
 #include "attend_plan.cuh"
 #include "mma.cuh"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Of some groups' blocks.
@@ -61,8 +63,8 @@ __device__ __forceinline__ std::int64_t even_share(std::int64_t total, std::uint
 
 /// Equal shares of all blocks' costs, wherever they end; this thread's groups are [begin, end).
 template <int Threads, storage T>
-__device__ __noinline__ void cut_anywhere(const attend_launch<T>& launch, std::int32_t begin, std::int32_t end,
-                                          attend_plan_memory<Threads>& memory) {
+static __device__ __noinline__ void cut_anywhere(const attend_launch<T>& launch, std::int32_t begin, std::int32_t end,
+                                                 attend_plan_memory<Threads>& memory) {
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const auto group_at = [&](std::int32_t g) {
     return launch.groups() <= Threads ? memory.group(g) : launch.group_at(g);
@@ -212,3 +214,5 @@ __device__ __forceinline__ void find_range(const attend_launch<T>& launch, atten
 }
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

@@ -9,6 +9,8 @@
 #include "attend_gather.cuh"
 #include "attend_plan.cuh"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 /// A tile is a position for each lane, which scores it for every row; then lanes are elements of the values.
@@ -139,3 +141,5 @@ class plain_tile {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

@@ -12,6 +12,8 @@
 #include "context.cuh"
 #include "mma.cuh"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr int attend_rows = 32;          ///< query rows (slots * group) of a block at most
@@ -273,3 +275,5 @@ __device__ __forceinline__ attend_parts parts_of(const device_block& b, const at
 }
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

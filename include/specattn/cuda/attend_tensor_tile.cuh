@@ -18,6 +18,8 @@
 #include "attend_tensor_layout.cuh"
 #include "mma.cuh"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 /// \tparam HeadDim  32, 64, 128 or 256: head_dim or the next above it; the rest is zeros
@@ -376,3 +378,5 @@ class tensor_tile : tensor_layout<T, HeadDim> {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

@@ -13,6 +13,8 @@
 #include "launch.cuh"
 #include "select.cuh"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE {
 
 namespace detail {
@@ -158,3 +160,5 @@ class draft_guide<cuda> : public detail::draft_guide_base<draft_guide<cuda>, cud
 };
 
 }  // namespace specattn::inline SPECATTN_CODE
+
+#include "../words_end.hpp"

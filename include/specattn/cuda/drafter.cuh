@@ -19,6 +19,8 @@
 #include "select.cuh"
 #include "verify.cuh"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Used by decoder. Every sequence of a batch drafts the same number of tokens.
@@ -202,3 +204,5 @@ class device_drafter {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

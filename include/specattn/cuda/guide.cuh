@@ -10,6 +10,8 @@
 #include "../guide.hpp"
 #include "context.cuh"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE {
 
 /// What a captured round can rely on: which sequences take part is fixed, how long they are is read when the work runs.
@@ -36,3 +38,5 @@ struct round_state<T, cuda> {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE
+
+#include "../words_end.hpp"

@@ -21,6 +21,8 @@
 #include "importance_write.cuh"
 #include "launch.cuh"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE {
 
 /// A mixture in device memory: draft heads' coefficients as bf16 in the order in which tensor cores take them, a zero for
@@ -296,3 +298,5 @@ inline resident_mixture<cuda>::resident_mixture(const sparse_mixture& from)
 }
 
 }  // namespace specattn::inline SPECATTN_CODE
+
+#include "../words_end.hpp"

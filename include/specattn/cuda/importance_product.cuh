@@ -12,6 +12,8 @@
 #include "importance_plan.cuh"
 #include "mma.cuh"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -158,3 +160,5 @@ __device__ __forceinline__ void settle(importance_sums&) {}
 #endif
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

@@ -10,6 +10,8 @@
 #include "../importance.hpp"
 #include "importance_product.cuh"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 /// A tile of a sequence's positions, of which `left` belong to its prefix: 0 or fewer where there is nothing to do.
@@ -184,3 +186,5 @@ __global__ void __launch_bounds__(importance_threads, 4)
 }
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

@@ -9,6 +9,8 @@
 #include "importance_product.cuh"
 #include "mma.cuh"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -168,3 +170,5 @@ class importance_pipeline {
 #endif
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

@@ -2,6 +2,8 @@
 // memory, matrix fragments, m16n8k16 products with float sums.
 #pragma once
 
+#include "requirements.cuh"  // first
+
 #include <cuda_runtime.h>
 
 #include <cstdint>

@@ -12,6 +12,8 @@
 #include "context.cuh"
 #include "launch.cuh"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr int recompute_threads = 256;
@@ -223,3 +225,5 @@ struct recompute_impl<cuda> {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

@@ -12,6 +12,8 @@
 #include "../sampling.hpp"
 #include "launch.cuh"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 /// What the host tells of a sequence before each round.
@@ -243,3 +245,5 @@ inline forward_batch<cuda> verify_slots(const round_arrays& r) {
 }
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

@@ -9,6 +9,8 @@
 #include "../view.hpp"
 #include "sampling_team.cuh"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr std::int32_t sampling_stride = 128;  // elements a warp works on at a time, four a lane
@@ -273,3 +275,5 @@ class sampled_row {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

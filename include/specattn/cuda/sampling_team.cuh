@@ -1,6 +1,8 @@
 // The CTAs that work on one row of logits: one cluster (a lone CTA before Hopper) and its reductions.
 #pragma once
 
+#include "requirements.cuh"  // first
+
 #include <cooperative_groups.h>
 
 #include <cstdint>

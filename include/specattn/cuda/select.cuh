@@ -25,8 +25,8 @@ namespace specattn::inline SPECATTN_CODE::detail {
 
 /// What select_row leaves: rare, so no part of its code.
 template <storage T>
-__device__ __noinline__ void sweep_group(const select_launch<T>& launch, select_team& team,
-                                         select_team_memory* memory, std::ptrdiff_t group) {
+static __device__ __noinline__ void sweep_group(const select_launch<T>& launch, select_team& team,
+                                                select_team_memory* memory, std::ptrdiff_t group) {
   const std::int32_t share = member_share(launch.from.weights.extent(2), team.size());
   select_scratch_view scratch;
   scratch.own = true;

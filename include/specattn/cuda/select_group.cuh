@@ -8,6 +8,8 @@
 #include "select_part.cuh"
 #include "select_row_list.cuh"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 template <storage T>
@@ -422,3 +424,5 @@ class select_group : group_part {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

@@ -9,6 +9,8 @@
 #include "select_search.cuh"
 #include "select_team.cuh"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 /// What a launch is asked for; passed by value.
@@ -102,3 +104,5 @@ struct group_part {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

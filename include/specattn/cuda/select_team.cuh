@@ -1,6 +1,8 @@
 // The CTAs that make one group's list: one cluster (a lone CTA before Hopper), its reductions and its histogram.
 #pragma once
 
+#include "requirements.cuh"  // first
+
 #include <cooperative_groups.h>
 
 #include <cstdint>
@@ -14,6 +16,8 @@
 #else
 #define SPECATTN_CLUSTERS 0
 #endif
+
+#include "../words_begin.hpp"
 
 namespace specattn::inline SPECATTN_CODE::detail {
 
@@ -289,5 +293,7 @@ class select_team {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"
 
 #undef SPECATTN_CLUSTERS

@@ -1,6 +1,8 @@
 // Which sequence of a ragged batch a slot belongs to.
 #pragma once
 
+#include "requirements.cuh"  // first
+
 #include <cstddef>
 #include <cstdint>
 

@@ -19,6 +19,8 @@
 #include "round_layout.cuh"
 #include "verify.cuh"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Used by decoder. All work is queued, and captured with the rest of the round.
@@ -151,3 +153,5 @@ class device_verifier {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

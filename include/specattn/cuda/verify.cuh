@@ -16,6 +16,8 @@
 #include "sampling.cuh"
 #include "slots.cuh"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 struct sample_launch {
@@ -212,3 +214,5 @@ struct verify_impl<cuda> {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

@@ -1,0 +1,12 @@
+// The end of what words_begin.hpp began.
+#pragma pop_macro("require")
+#pragma pop_macro("verify")
+#pragma pop_macro("check")
+#pragma pop_macro("small")
+#pragma pop_macro("far")
+#pragma pop_macro("near")
+#pragma pop_macro("forever")
+#pragma pop_macro("foreach")
+#pragma pop_macro("emit")
+#pragma pop_macro("signals")
+#pragma pop_macro("slots")
