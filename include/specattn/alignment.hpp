@@ -28,7 +28,7 @@ struct model_fingerprint {
   std::uint64_t weights = 0;  ///< a hash of the weights that the caller computes; 0: not compared
 
   /// True when everything but the name agrees (weights only where both sides know them).
-  bool matches(const model_fingerprint& other) const {
+  [[gnu::always_inline]] bool matches(const model_fingerprint& other) const {
     return layers == other.layers && q_heads == other.q_heads && kv_heads == other.kv_heads &&
            head_dim == other.head_dim && vocab == other.vocab &&
            (weights == 0 || other.weights == 0 || weights == other.weights);
@@ -44,8 +44,8 @@ struct signal_set {
   std::int32_t sinks = 0;             ///< uniform over the first positions; 0: no such signal
   bool history = false;               ///< the same (layer, kv head) of the target, one round ago
 
-  std::int32_t draft_heads() const { return draft_layers * draft_q_heads; }
-  std::int32_t count() const {
+  [[gnu::always_inline]] std::int32_t draft_heads() const { return draft_layers * draft_q_heads; }
+  [[gnu::always_inline]] std::int32_t count() const {
     return draft_heads() + static_cast<std::int32_t>(windows.size()) + (sinks > 0 ? 1 : 0) + (history ? 1 : 0);
   }
 };

@@ -109,7 +109,9 @@ struct round_trace {
     accept_seconds += other.accept_seconds;
     return *this;
   }
-  double seconds() const { return draft_seconds + guide_seconds + verify_seconds + accept_seconds; }
+  [[gnu::always_inline]] double seconds() const {
+    return draft_seconds + guide_seconds + verify_seconds + accept_seconds;
+  }
 };
 
 /// Bytes a decoder allocates, known before it is made.
@@ -119,7 +121,9 @@ struct decode_memory {
   std::size_t recordings = 0;
   std::size_t selections = 0;
   std::size_t logits = 0;
-  std::size_t total() const { return target_cache + draft_cache + recordings + selections + logits; }
+  [[gnu::always_inline]] std::size_t total() const {
+    return target_cache + draft_cache + recordings + selections + logits;
+  }
 };
 
 }  // namespace specattn::inline SPECATTN_DATA

@@ -17,7 +17,7 @@ struct sampler_options {
   float min_p = 0.0f;        ///< drop tokens below min_p times the likeliest; <= 0: none
   std::uint64_t seed = 0;
 
-  SPECATTN_HD constexpr bool greedy() const { return !(temperature > 0.0f); }
+  [[gnu::always_inline]] SPECATTN_HD constexpr bool greedy() const { return !(temperature > 0.0f); }
 };
 
 /// A token that could not be drawn: its row of logits held a NaN, +inf, or nothing but -inf. (-inf alone is a mask.)
