@@ -52,7 +52,9 @@ if(SPECATTN_NATIVE)
   include(CheckCXXCompilerFlag)
   check_cxx_compiler_flag(-march=native SPECATTN_HAS_MARCH_NATIVE)
   if(SPECATTN_HAS_MARCH_NATIVE)
-    add_compile_options($<$<COMPILE_LANGUAGE:CXX>:-march=native>)
+    # Host code of .cu files too: what of the library depends on the CPU carries it in its names, and files of both kinds
+    # share contexts here.
+    add_compile_options("$<$<COMPILE_LANGUAGE:CXX>:-march=native>" "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-march=native>")
   endif()
 endif()
 

@@ -18,6 +18,8 @@
 #include "scalar.hpp"
 #include "view.hpp"
 
+#include "words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE {
 
 namespace detail {
@@ -410,3 +412,5 @@ class kv_cache {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE
+
+#include "words_end.hpp"

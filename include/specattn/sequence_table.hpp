@@ -12,6 +12,8 @@
 #include "decode_state.hpp"
 #include "error.hpp"
 
+#include "words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 inline void check_tokens(std::span<const std::int32_t> tokens, const char* what, std::int32_t positions,
@@ -123,3 +125,5 @@ class sequence_table {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "words_end.hpp"

@@ -20,7 +20,7 @@
 #include "kept_lists.hpp"
 #include "round_batch.hpp"
 
-#include "words_begin.hpp"
+#include "../words_begin.hpp"
 
 namespace specattn::inline SPECATTN_CODE::detail {
 
@@ -352,4 +352,4 @@ class drafter {
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
 
-#include "words_end.hpp"
+#include "../words_end.hpp"

@@ -15,6 +15,8 @@
 #include "round_batch.hpp"
 #include "verifier.hpp"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 /// See round_engine in decode.hpp.
@@ -129,3 +131,5 @@ class round_engine<T, Target, Draft, Guide, cpu> {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

@@ -13,6 +13,8 @@
 #include "../decode_state.hpp"
 #include "../model.hpp"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Host arrays of a pass, with room for the largest.
@@ -155,3 +157,5 @@ inline float token_loss(const float* logits, std::int32_t vocab, std::int32_t to
 }
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"

@@ -19,6 +19,8 @@
 #include "kept_lists.hpp"
 #include "round_batch.hpp"
 
+#include "../words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE::detail {
 
 /// Used by decoder. Nothing of a sequence changes here but its row of the cache.
@@ -218,3 +220,5 @@ class verifier {
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
+
+#include "../words_end.hpp"
