@@ -13,12 +13,14 @@ using json = nlohmann::json;
 /// Builds the document as nlohmann's own builder does, and counts depth and repeated names.
 class strict_builder : public nlohmann::json_sax<json> {
  public:
+  explicit strict_builder(std::size_t max_memory) : max_memory_(max_memory) {}
+
   bool null() override { return add(nullptr); }
   bool boolean(bool value) override { return add(value); }
   bool number_integer(json::number_integer_t value) override { return add(value); }
   bool number_unsigned(json::number_unsigned_t value) override { return add(value); }
   bool number_float(json::number_float_t value, const json::string_t&) override { return add(value); }
-  bool string(json::string_t& value) override { return add(std::move(value)); }
+  bool string(json::string_t& value) override { return fits(string_memory + value.size()) && add(std::move(value)); }
   bool binary(json::binary_t&) override { return fault("binary data"); }
   bool start_object(std::size_t) override { return open(json::object()); }
   bool end_object() override { return close(); }
@@ -26,6 +28,7 @@ class strict_builder : public nlohmann::json_sax<json> {
   bool end_array() override { return close(); }
 
   bool key(json::string_t& name) override {
+    if (!fits(member_memory + name.size())) return false;
     const auto [place, fresh] = open_.back()->get_ref<json::object_t&>().emplace(name, nullptr);
     if (!fresh) return fault("the name " + in_quotes(name) + " is given twice in one object");
     member_ = &place->second;
@@ -49,7 +52,21 @@ class strict_builder : public nlohmann::json_sax<json> {
     return false;
   }
 
+  // What the allocator adds and what a growing array leaves unused included.
+  static constexpr std::size_t value_memory = 2 * sizeof(json);
+  static constexpr std::size_t string_memory = sizeof(std::string) + 16;
+  static constexpr std::size_t container_memory = sizeof(json::object_t) + 16;
+  static constexpr std::size_t member_memory = sizeof(json::object_t::value_type) + 48;
+
+  bool fits(std::size_t bytes) {
+    memory_ += bytes;
+    if (memory_ <= max_memory_) return true;
+    return fault("the document takes more than " + std::to_string(max_memory_) + " bytes of memory (" +
+                 std::to_string(values_) + " values so far)");
+  }
+
   json* place(json&& value) {
+    ++values_;
     if (open_.empty()) {
       root_ = std::move(value);
       return &root_;
@@ -64,6 +81,7 @@ class strict_builder : public nlohmann::json_sax<json> {
   }
 
   bool add(json value) {
+    if (!fits(value_memory)) return false;
     place(std::move(value));
     return true;
   }
@@ -72,6 +90,7 @@ class strict_builder : public nlohmann::json_sax<json> {
     if (open_.size() >= static_cast<std::size_t>(max_json_depth)) {
       return fault("nested deeper than " + std::to_string(max_json_depth) + " levels");
     }
+    if (!fits(value_memory + container_memory)) return false;
     open_.push_back(place(std::move(container)));
     return true;
   }
@@ -85,13 +104,16 @@ class strict_builder : public nlohmann::json_sax<json> {
   // Pointers stay good: only the innermost container grows, and its address is its parent's.
   std::vector<json*> open_;
   json* member_ = nullptr;
+  std::size_t max_memory_;
+  std::size_t memory_ = 0;
+  std::size_t values_ = 0;
   std::string problem_;
 };
 
 }  // namespace
 
-json parse_json(std::string_view text, std::string_view source) {
-  strict_builder builder;
+json parse_json(std::string_view text, std::string_view source, std::size_t max_memory) {
+  strict_builder builder(max_memory);
   if (!json::sax_parse(text.begin(), text.end(), &builder)) {
     throw input_error(source, builder.problem());
   }
@@ -117,14 +139,16 @@ std::string in_quotes(std::string_view text) {
 
 json_field json_field::at(std::string_view name) const {
   if (auto member = find(name)) return *std::move(member);
-  refuse("the field \"" + std::string(name) + "\" is missing");
+  refuse("the field " + in_quotes(name) + " is missing");
 }
 
 std::optional<json_field> json_field::find(std::string_view name) const {
   const auto& members = object().get_ref<const json::object_t&>();
   const auto member = members.find(name);
   if (member == members.end() || member->second.is_null()) return std::nullopt;
-  return json_field(member->second, source_, path_.empty() ? std::string(name) : path_ + "." + std::string(name));
+  constexpr std::size_t longest = 80;  // a name may come from the file itself, and stands in messages
+  const std::string shown(name.size() <= longest ? name : "...");
+  return json_field(member->second, source_, path_.empty() ? shown : path_ + "." + shown);
 }
 
 json_field json_field::at(std::size_t index) const {

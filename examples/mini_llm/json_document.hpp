@@ -1,5 +1,6 @@
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -12,11 +13,16 @@ namespace mini_llm {
 /// Deepest nesting of arrays and objects that any file read here may have.
 inline constexpr int max_json_depth = 64;
 
+/// Memory that a document may take, in bytes, by a count that is not below what it takes by much. A text of two
+/// bytes per value takes thirty times its length; the largest tokenizers in use (35 MB) need about 150 MB.
+inline constexpr std::size_t max_json_memory = std::size_t{384} << 20;
+
 /// Parses a whole JSON text. Stricter than the JSON library: an object that gives a name twice is
-/// refused (which of the two was meant?), and so is nesting deeper than max_json_depth.
+/// refused (which of the two was meant?), and so is nesting deeper than max_json_depth and a document
+/// of more than max_json_memory.
 /// \param source file name for messages
 /// \throws input_error naming the source and the byte where the fault is
-nlohmann::json parse_json(std::string_view text, std::string_view source);
+nlohmann::json parse_json(std::string_view text, std::string_view source, std::size_t max_memory = max_json_memory);
 
 /// A JSON value that knows which file and field it came from, so that every complaint names both.
 /// Does not own the document: keep the nlohmann::json alive. A JSON null counts as absent.

@@ -22,6 +22,7 @@ constexpr std::int64_t max_heads = 1024;
 constexpr std::int64_t max_head_dim = 1024;
 constexpr std::int64_t max_vocab = 1 << 22;
 constexpr std::int64_t max_positions = 1 << 26;
+constexpr std::size_t max_token_ids = 256;  // that end a text; real models have up to five
 
 std::int64_t count_or(const json_field& root, std::string_view name, std::int64_t high, std::int64_t absent) {
   const auto field = root.find(name);
@@ -136,6 +137,7 @@ void read_token_ids(const json_field& root, std::string_view name, std::int64_t 
     if (id >= 0) ids.push_back(static_cast<std::int32_t>(id));
     return;
   }
+  if (field->size() > max_token_ids) field->expected("at most " + std::to_string(max_token_ids) + " ids");
   for (std::size_t i = 0; i < field->size(); ++i) {
     ids.push_back(static_cast<std::int32_t>(field->at(i).integer(0, vocab - 1)));
   }

@@ -15,6 +15,11 @@ namespace {
 
 constexpr std::size_t max_expression_bytes = 4096;
 constexpr std::uint32_t max_backtracking_kib = 64 * 1024;
+constexpr std::size_t max_repeat_digits = 3;  // real expressions repeat up to three times
+
+// No optimisation may skip the steps that are counted.
+constexpr std::uint32_t compile_options =
+    PCRE2_UTF | PCRE2_UCP | PCRE2_NEVER_BACKSLASH_C | PCRE2_AUTO_CALLOUT | PCRE2_NO_START_OPTIMIZE;
 
 std::string pcre2_message(int code) {
   std::array<PCRE2_UCHAR, 256> text{};
@@ -38,12 +43,47 @@ T* checked(T* pointer) {
   return pointer;
 }
 
+/// Where a search stands and what it may still cost.
+struct search {
+  split_budget* budget;
+  std::size_t at;
+};
+
+/// PCRE2 calls this before each item of the expression. Its own match limit counts the places to which it may have
+/// to go back; what a single item reads ("`.*`" inside a lookahead, from every character) shows only in how far the
+/// place moved meanwhile.
+int count_steps(pcre2_callout_block* block, void* data) {
+  search& state = *static_cast<search*>(data);
+  const std::size_t place = block->current_position;
+  const std::size_t moved = place > state.at ? place - state.at : state.at - place;
+  state.at = place;
+  return state.budget->take(1 + moved) ? 0 : PCRE2_ERROR_MATCHLIMIT;
+}
+
+/// Whether a brace asks for so many repeats that an item could read much and fail uncounted.
+bool repeats_much(std::string_view expression) {
+  for (std::size_t at = 0; at < expression.size(); ++at) {
+    if (expression[at] == '\\') {  // the braces of \x{3040} are no repeat
+      ++at;
+      if (expression.substr(at).starts_with("x{") || expression.substr(at).starts_with("o{")) ++at;
+    } else if (expression[at] == '{') {
+      std::size_t digits = 0;
+      for (const char c : expression.substr(at + 1)) {
+        digits = c >= '0' && c <= '9' ? digits + 1 : 0;
+        if (digits > max_repeat_digits) return true;
+        if (digits == 0 && c != ',' && c != ' ') break;
+      }
+    }
+  }
+  return false;
+}
+
 PCRE2_SPTR as_pcre2(std::string_view text) { return reinterpret_cast<PCRE2_SPTR>(text.data()); }
 
 }  // namespace
 
 split_pattern::split_pattern(const std::string& expression, bool drop_gaps, std::string_view source)
-    : drop_gaps_(drop_gaps), source_(source) {
+    : drop_gaps_(drop_gaps), expression_(expression), source_(source) {
   if (expression.empty() || expression.size() > max_expression_bytes) {
     throw input_error(source, "a split pattern of " + std::to_string(expression.size()) + " bytes (1 to " +
                                   std::to_string(max_expression_bytes) + " are accepted)");
@@ -53,22 +93,42 @@ split_pattern::split_pattern(const std::string& expression, bool drop_gaps, std:
   int error = 0;
   PCRE2_SIZE error_at = 0;
   pcre2_code* const code =
-      pcre2_compile(as_pcre2(expression), expression.size(), PCRE2_UTF | PCRE2_UCP | PCRE2_NEVER_BACKSLASH_C, &error,
-                    &error_at, context.get());
+      pcre2_compile(as_pcre2(expression), expression.size(), compile_options, &error, &error_at, context.get());
   if (code == nullptr) {
     throw input_error(source, "the split pattern " + in_quotes(expression) + " does not compile: " +
                                   pcre2_message(error) + " at byte " + std::to_string(error_at));
   }
   code_.reset(code, [](pcre2_code* p) { pcre2_code_free(p); });
+  std::uint32_t references = 0;
+  pcre2_pattern_info(code, PCRE2_INFO_BACKREFMAX, &references);
+  if (references > 0 || repeats_much(expression)) {
+    throw input_error(source, "the split pattern " + in_quotes(expression) +
+                                  (references > 0 ? " refers back to a group, which is not supported"
+                                                  : " repeats something more than 999 times"));
+  }
 }
 
-void split_pattern::split(std::string_view text, std::vector<std::string_view>& pieces) const {
+void split_pattern::refuse(int error, const split_budget& budget) const {
+  if (error == PCRE2_ERROR_MATCHLIMIT) {
+    throw input_error(source_, "the split pattern " + in_quotes(expression_) + " takes more than " +
+                                   std::to_string(budget.allowed()) + " steps on a text of " +
+                                   std::to_string(budget.bytes()) + " bytes (at most " +
+                                   std::to_string(split_steps_allowance) + " and " +
+                                   std::to_string(split_steps_per_byte) + " a byte are accepted)");
+  }
+  throw input_error(source_, "the split pattern " + in_quotes(expression_) + " failed on a text of " +
+                                 std::to_string(budget.bytes()) + " bytes (it may go back over " +
+                                 std::to_string(max_backtracking_kib) + " KiB): " + pcre2_message(error));
+}
+
+void split_pattern::split(std::string_view text, split_budget& budget, std::vector<std::string_view>& pieces) const {
   const std::unique_ptr<pcre2_match_context, free_match_context> context(
       checked(pcre2_match_context_create(nullptr)));
   const std::unique_ptr<pcre2_match_data, free_match_data> match(checked(pcre2_match_data_create(1, nullptr)));
-  // The patterns in use backtrack over one run of spaces at most, hence by the text's length.
-  const std::size_t steps = std::min<std::size_t>(1'000'000 + 4 * text.size(), 0xffffffffU);
-  pcre2_set_match_limit(context.get(), static_cast<std::uint32_t>(steps));
+  search state{&budget, 0};
+  pcre2_set_callout(context.get(), count_steps, &state);
+  pcre2_set_match_limit(context.get(),
+                        static_cast<std::uint32_t>(std::min<std::size_t>(budget.allowed(), 0xffffffffU)));
   pcre2_set_heap_limit(context.get(), max_backtracking_kib);
 
   const auto add = [&](std::size_t begin, std::size_t end) {
@@ -77,10 +137,11 @@ void split_pattern::split(std::string_view text, std::vector<std::string_view>& 
   std::size_t cut = 0;   // everything before it is in pieces
   std::size_t from = 0;  // where the next match is sought
   while (from < text.size()) {
+    state.at = from;
     const int found =
         pcre2_match(code_.get(), as_pcre2(text), text.size(), from, PCRE2_NO_UTF_CHECK, match.get(), context.get());
     if (found == PCRE2_ERROR_NOMATCH) break;
-    if (found < 0) throw input_error(source_, "the split pattern failed on the text: " + pcre2_message(found));
+    if (found < 0) refuse(found, budget);
     const PCRE2_SIZE* const range = pcre2_get_ovector_pointer(match.get());
     if (range[1] <= range[0] || range[0] < cut) {  // an empty match cuts nothing; look one character on
       from = std::max(from, std::min<std::size_t>(range[1], text.size()));

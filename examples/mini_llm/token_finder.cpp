@@ -1,6 +1,7 @@
 #include "token_finder.hpp"
 
 #include <algorithm>
+#include <utility>
 
 #include "utf8.hpp"
 
@@ -31,26 +32,48 @@ std::size_t space_end(std::string_view text, std::size_t begin) {
 
 }  // namespace
 
-token_finder::token_finder(const std::vector<added_token>& tokens) : tokens_(tokens), nodes_(1) {
-  for (std::size_t index = 0; index < tokens_.size(); ++index) {
-    std::size_t place = 0;
-    for (const char c : tokens_[index].content) {
-      const auto [step, fresh] = nodes_[place].next.emplace(static_cast<unsigned char>(c), nodes_.size());
-      place = step->second;
-      if (fresh) nodes_.emplace_back();
-    }
-    nodes_[place].token = index;
+token_finder::token_finder(std::vector<added_token> tokens) : tokens_(std::move(tokens)) {
+  const auto earlier = [](const added_token& a, const added_token& b) { return a.content < b.content; };
+  std::stable_sort(tokens_.begin(), tokens_.end(), earlier);
+  // Of tokens that are spelt alike the one listed last counts.
+  std::size_t kept = 0;
+  for (std::size_t i = 0; i < tokens_.size(); ++i) {
+    if (i + 1 < tokens_.size() && tokens_[i].content == tokens_[i + 1].content) continue;
+    if (kept != i) tokens_[kept] = std::move(tokens_[i]);
+    ++kept;
+  }
+  tokens_.erase(tokens_.begin() + static_cast<std::ptrdiff_t>(kept), tokens_.end());
+  for (std::size_t i = tokens_.size(); i-- > 0;) {
+    first_with_[static_cast<unsigned char>(tokens_[i].content.front())] = {i, tokens_.size()};
+  }
+  for (std::size_t i = 0; i < tokens_.size(); ++i) {
+    first_with_[static_cast<unsigned char>(tokens_[i].content.front())].end = i + 1;
   }
 }
 
 const added_token* token_finder::longest_at(std::string_view text, std::size_t at) const {
   const added_token* longest = nullptr;
-  std::size_t place = 0;
-  for (; at < text.size(); ++at) {
-    const auto step = nodes_[place].next.find(static_cast<unsigned char>(text[at]));
-    if (step == nodes_[place].next.end()) break;
-    place = step->second;
-    if (nodes_[place].token != no_token) longest = &tokens_[nodes_[place].token];
+  range same = first_with_[static_cast<unsigned char>(text[at])];  // tokens that begin as the text does
+  for (std::size_t depth = 1; same.begin < same.end; ++depth) {
+    // The one that ends here is the least: the others go on.
+    if (tokens_[same.begin].content.size() == depth) longest = &tokens_[same.begin++];
+    if (same.begin == same.end || at + depth == text.size()) break;
+    const auto byte = [&](std::size_t token) { return static_cast<unsigned char>(tokens_[token].content[depth]); };
+    const auto wanted = static_cast<unsigned char>(text[at + depth]);
+    if (byte(same.begin) == wanted && byte(same.end - 1) == wanted) continue;
+    const auto tokens_from = [&](unsigned value) {
+      std::size_t low = same.begin;
+      for (std::size_t high = same.end; low < high;) {
+        const std::size_t middle = low + (high - low) / 2;
+        if (byte(middle) < value) {
+          low = middle + 1;
+        } else {
+          high = middle;
+        }
+      }
+      return low;
+    };
+    same = {tokens_from(wanted), tokens_from(wanted + 1U)};
   }
   return longest;
 }

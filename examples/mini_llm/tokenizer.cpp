@@ -4,6 +4,7 @@
 #include <system_error>
 #include <utility>
 
+#include "bounded_text.hpp"
 #include "byte_alphabet.hpp"
 #include "input_error.hpp"
 #include "json_document.hpp"
@@ -13,32 +14,8 @@
 namespace mini_llm {
 namespace {
 
-constexpr std::size_t max_file_bytes = std::size_t{256} << 20;
+constexpr std::size_t max_file_bytes = std::size_t{128} << 20;  // the largest in use have 35 MB
 constexpr std::size_t max_text_bytes = std::size_t{1} << 30;
-
-std::string replace_all(std::string_view text, std::string_view from, std::string_view to) {
-  std::string result;
-  result.reserve(text.size());
-  for (std::size_t at = 0;;) {
-    const std::size_t next = text.find(from, at);
-    result += text.substr(at, next - at);
-    if (next == text.npos) return result;
-    result += to;
-    at = next + from.size();
-  }
-}
-
-/// \throws input_error when the steps blow the text up beyond reason (hostile ones can)
-std::string normalize(const std::vector<normalizer_step>& steps, std::string text) {
-  const std::size_t limit = 1024 + 16 * text.size();
-  for (const normalizer_step& step : steps) {
-    text = step.prepend ? step.to + text : replace_all(text, step.from, step.to);
-    if (text.size() > limit) {
-      throw input_error("tokenizer.json: normalizer: the text grows more than sixteenfold");
-    }
-  }
-  return text;
-}
 
 vocabulary make_vocabulary(const tokenizer_settings& settings, std::string_view source) {
   auto tokens = settings.tokens;
@@ -46,15 +23,30 @@ vocabulary make_vocabulary(const tokenizer_settings& settings, std::string_view 
   return {std::move(tokens), source};
 }
 
+std::size_t added_bytes(const tokenizer_settings& settings) {
+  std::size_t bytes = 0;
+  for (const added_token& token : settings.added) bytes += token.content.size();
+  return bytes;
+}
+
 /// The added tokens to be sought before (or after) normalising, the latter normalised themselves.
 token_finder make_finder(const tokenizer_settings& settings, bool normalized) {
   std::vector<added_token> chosen;
-  for (added_token token : settings.added) {
+  growth_limit growth("normalizer of added_tokens", added_bytes(settings));
+  for (const added_token& token : settings.added) {
     if (token.normalized != normalized) continue;
-    if (normalized) token.content = normalize(settings.normalizer, token.content);
-    if (!token.content.empty()) chosen.push_back(std::move(token));
+    chosen.push_back(token);
+    if (!normalized) continue;
+    std::string& content = chosen.back().content;
+    content = normalize(settings.normalizer, content, growth);
+    if (content.size() > max_added_bytes) {
+      throw input_error("tokenizer.json: the added token " + in_quotes(token.content) + " has " +
+                        std::to_string(content.size()) + " bytes once normalized (at most " +
+                        std::to_string(max_added_bytes) + " are accepted)");
+    }
+    if (content.empty()) chosen.pop_back();
   }
-  return token_finder(chosen);
+  return token_finder(std::move(chosen));
 }
 
 /// The id of a token that tokenizer_config.json names; nothing when it names none.
@@ -120,18 +112,31 @@ tokenizer::tokenizer(const tokenizer_settings& settings, std::string_view source
   for (const added_token& token : settings.added) {
     if (token.special) special_[static_cast<std::size_t>(token.id)] = true;
   }
-  pieces_.reserve(tokens_.size());
-  for (std::size_t id = 0; id < tokens_.size(); ++id) {
-    pieces_.push_back(read_piece(tokens_.text(static_cast<std::int32_t>(id)), false));
-  }
-  for (const added_token& token : settings.added) {
-    // Such a token stands for the normalised spelling, whose word mark is a space of the text.
-    if (!token.normalized) continue;
-    pieces_[static_cast<std::size_t>(token.id)] = read_piece(normalize(normalizer_, token.content), false);
-  }
+  make_pieces(settings);
   prefix_ids_ = checked_ids(settings.prefix_ids, tokens_, source);
   suffix_ids_ = checked_ids(settings.suffix_ids, tokens_, source);
   read_marks(settings);
+}
+
+void tokenizer::make_pieces(const tokenizer_settings& settings) {
+  std::size_t spelt = 0;
+  for (std::size_t id = 0; id < tokens_.size(); ++id) spelt += tokens_.text(static_cast<std::int32_t>(id)).size();
+  // One token may grow by the allowance, but not each of them: there may be millions.
+  growth_limit all("decoder of the vocabulary", spelt);
+  pieces_.reserve(tokens_.size());
+  for (std::size_t id = 0; id < tokens_.size(); ++id) {
+    pieces_.push_back(read_piece(tokens_.text(static_cast<std::int32_t>(id)), false));
+    all.keep(pieces_.back().size());
+  }
+  growth_limit growth("normalizer of added_tokens", added_bytes(settings));
+  growth_limit added("decoder of added_tokens", added_bytes(settings));
+  for (const added_token& token : settings.added) {
+    // Such a token stands for the normalised spelling, whose word mark is a space of the text.
+    if (!token.normalized) continue;
+    std::string& piece = pieces_[static_cast<std::size_t>(token.id)];
+    piece = read_piece(normalize(normalizer_, token.content, growth), false);
+    added.keep(piece.size());
+  }
 }
 
 void tokenizer::read_marks(const tokenizer_settings& settings) {
@@ -161,13 +166,15 @@ std::vector<std::int32_t> tokenizer::encode(std::string_view text, bool add_spec
   if (add_special) ids = prefix_ids_;
   std::vector<text_stretch> stretches;
   std::vector<text_stretch> inner;
+  growth_limit growth("normalizer", text.size());
+  split_budget budget;
   raw_tokens_.split(text, stretches);
   for (const text_stretch& stretch : stretches) {
     if (stretch.id >= 0) {
       ids.push_back(stretch.id);
       continue;
     }
-    const std::string normalized = normalize(normalizer_, std::string(stretch.text));
+    const std::string normalized = normalize(normalizer_, stretch.text, growth);
     inner.clear();
     normalized_tokens_.split(normalized, inner);
     for (const text_stretch& part : inner) {
@@ -175,7 +182,7 @@ std::vector<std::int32_t> tokenizer::encode(std::string_view text, bool add_spec
       if (part.id >= 0) {
         ids.push_back(part.id);
       } else {
-        encode_stretch(part.text, at_start, ids);
+        encode_stretch(part.text, at_start, budget, ids);
       }
     }
   }
@@ -188,7 +195,7 @@ std::string_view tokenizer::add_word_marks(std::string_view text, bool at_start,
       pre_tokenizer_.prefix == prefix_scheme::always || (pre_tokenizer_.prefix == prefix_scheme::first && at_start);
   const std::string& mark = pre_tokenizer_.word_mark;
   if (!mark.empty()) {
-    storage = replace_all(text, " ", mark);
+    storage = replace_all(text, " ", mark, growth_limit("pre_tokenizer", text.size()));
     if (wants_prefix && !storage.starts_with(mark)) storage.insert(0, mark);
     return storage;
   }
@@ -198,15 +205,16 @@ std::string_view tokenizer::add_word_marks(std::string_view text, bool at_start,
   return storage;
 }
 
-void tokenizer::encode_stretch(std::string_view text, bool at_start, std::vector<std::int32_t>& ids) const {
+void tokenizer::encode_stretch(std::string_view text, bool at_start, split_budget& budget,
+                               std::vector<std::int32_t>& ids) const {
   std::string storage;
   const std::string_view marked = add_word_marks(text, at_start, storage);
   std::vector<std::string_view> pieces;
-  split(marked, pieces);
+  split(marked, budget, pieces);
   for (const std::string_view piece : pieces) model_.encode(tokens_, piece, ids);
 }
 
-void tokenizer::split(std::string_view text, std::vector<std::string_view>& pieces) const {
+void tokenizer::split(std::string_view text, split_budget& budget, std::vector<std::string_view>& pieces) const {
   if (pre_tokenizer_.split_at_word_mark) {
     const std::string& mark = pre_tokenizer_.word_mark;
     for (std::size_t begin = 0; begin < text.size();) {
@@ -223,6 +231,7 @@ void tokenizer::split(std::string_view text, std::vector<std::string_view>& piec
     return;
   }
   // The patterns need UTF-8: they see the well-formed runs, and what lies between stays whole.
+  budget.add_text(text.size());
   std::vector<std::string_view> coarse;
   std::vector<std::string_view> fine;
   for (std::size_t at = 0; at < text.size();) {
@@ -236,7 +245,7 @@ void tokenizer::split(std::string_view text, std::vector<std::string_view>& piec
     coarse.assign(1, text.substr(at, run));
     for (const split_pattern& pattern : patterns_) {
       fine.clear();
-      for (const std::string_view piece : coarse) pattern.split(piece, fine);
+      for (const std::string_view piece : coarse) pattern.split(piece, budget, fine);
       coarse.swap(fine);
     }
     pieces.insert(pieces.end(), coarse.begin(), coarse.end());
@@ -246,13 +255,14 @@ void tokenizer::split(std::string_view text, std::vector<std::string_view>& piec
 
 std::string tokenizer::read_piece(const std::string& text, bool first_token) const {
   if (decoder_.byte_level) return from_byte_alphabet(text).value_or(text);
+  const growth_limit growth("decoder", text.size());
   std::string piece = text;
-  for (const auto& [from, to] : decoder_.replacements) piece = replace_all(piece, from, to);
+  for (const auto& [from, to] : decoder_.replacements) piece = replace_all(piece, from, to, growth);
   if (decoder_.byte_fallback) {
     if (const auto byte = byte_of_token(piece)) return {static_cast<char>(*byte)};
   }
   if (!decoder_.word_mark.empty()) {
-    piece = replace_all(piece, decoder_.word_mark, first_token && decoder_.drop_first_marks ? "" : " ");
+    piece = replace_all(piece, decoder_.word_mark, first_token && decoder_.drop_first_marks ? "" : " ", growth);
   }
   return piece;
 }

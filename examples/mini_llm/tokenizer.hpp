@@ -41,9 +41,10 @@ class tokenizer {
   /// the text around them is tokenised as if it ended there. No bytes are lost on byte level.
   /// \param add_special put the beginning-of-text token (and what else the model's template has)
   ///                    around the text, if this tokenizer does so at all
-  /// \throws input_error when a byte or character has no token and there is no unknown token, or
-  ///         when the text is over 1 GiB
-  /// \cost   O(n log n) in the text's length
+  /// \throws input_error when a byte or character has no token and there is no unknown token, when the
+  ///         text is over 1 GiB, and when the file's steps are hostile: when they make more of the text
+  ///         than growth_limit allows, or take more steps to cut it than split_budget does
+  /// \cost   O(n log n) time and O(n) memory in the text's length, whatever file and text are
   std::vector<std::int32_t> encode(std::string_view text, bool add_special) const;
 
   /// The text of these tokens, byte for byte: not UTF-8 where the tokens are not (show it through
@@ -87,9 +88,11 @@ class tokenizer {
 
   bool holds(std::int32_t id) const noexcept { return id >= 0 && static_cast<std::size_t>(id) < tokens_.size(); }
   void read_marks(const tokenizer_settings& settings);
-  void encode_stretch(std::string_view text, bool at_start, std::vector<std::int32_t>& ids) const;
+  void make_pieces(const tokenizer_settings& settings);
+  void encode_stretch(std::string_view text, bool at_start, split_budget& budget,
+                      std::vector<std::int32_t>& ids) const;
   std::string_view add_word_marks(std::string_view text, bool at_start, std::string& storage) const;
-  void split(std::string_view text, std::vector<std::string_view>& pieces) const;
+  void split(std::string_view text, split_budget& budget, std::vector<std::string_view>& pieces) const;
   decode_state start_of_text() const noexcept { return {true, decoder_.strip_count}; }
   std::string read_piece(const std::string& text, bool first_token) const;
   void append_piece(std::int32_t id, bool skip_special, decode_state& state, std::string& out) const;

@@ -3,6 +3,8 @@
 #include <limits>
 
 #include "json_document.hpp"
+#include "utf8.hpp"
+#include "vocabulary.hpp"
 
 namespace mini_llm {
 namespace {
@@ -11,8 +13,11 @@ namespace {
 constexpr std::string_view gpt2_pattern =
     R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 
-constexpr std::size_t max_steps = 32;         // of any one chain
-constexpr std::size_t max_added_bytes = 512;  // bounds the search for added tokens at each place
+constexpr std::size_t max_steps = 32;          // of any one chain
+constexpr std::size_t max_step_bytes = 256;    // of what a step looks for or puts in; real ones: one character
+constexpr std::size_t max_template_ids = 64;   // around a text; real templates have one to four
+constexpr std::size_t max_token_bytes = 4096;  // of a token's spelling; real ones reach some hundreds
+constexpr std::size_t max_merges = std::size_t{1} << 21;  // the largest vocabularies have half a million
 
 bool flag_or(const json_field& object, std::string_view name, bool absent) {
   const auto field = object.find(name);
@@ -36,10 +41,19 @@ std::vector<json_field> steps_of(const json_field& step, std::string_view list) 
   return steps;
 }
 
+const std::string& step_text(const json_field& field) {
+  const std::string& text = field.text();
+  if (text.size() > max_step_bytes) {
+    field.refuse(std::to_string(text.size()) + " bytes (at most " + std::to_string(max_step_bytes) +
+                 " are accepted)");
+  }
+  return text;
+}
+
 /// The `pattern` of a Replace step; only plain strings.
 std::string plain_pattern(const json_field& step) {
   const json_field pattern = step.at("pattern");
-  const std::string& text = pattern.at("String").text();
+  const std::string& text = step_text(pattern.at("String"));
   if (text.empty()) pattern.refuse("an empty pattern");
   return text;
 }
@@ -50,9 +64,9 @@ void read_normalizer(const json_field& root, tokenizer_settings& settings) {
   for (const json_field& step : steps_of(*normalizer, "normalizers")) {
     const std::string& type = step.at("type").text();
     if (type == "Prepend") {
-      settings.normalizer.push_back({true, {}, step.at("prepend").text()});
+      settings.normalizer.push_back({true, {}, step_text(step.at("prepend"))});
     } else if (type == "Replace") {
-      settings.normalizer.push_back({false, plain_pattern(step), step.at("content").text()});
+      settings.normalizer.push_back({false, plain_pattern(step), step_text(step.at("content"))});
     } else {
       refuse_kind(step, "a normalizer");
     }
@@ -71,8 +85,11 @@ prefix_scheme read_prefix_scheme(const json_field& step) {
 
 std::string read_word_mark(const json_field& step) {
   const json_field mark = step.at("replacement");
-  if (mark.text().empty() || mark.text() == " ") mark.expected("a character other than the space");
-  return mark.text();
+  const std::string& text = mark.text();
+  if (text.empty() || text == " " || read_utf8(text, 0).length != text.size()) {
+    mark.expected("a single character other than the space");
+  }
+  return text;
 }
 
 split_step read_split(const json_field& step) {
@@ -147,7 +164,7 @@ void read_decoder(const json_field& root, tokenizer_settings& settings) {
       decoder.word_mark = read_word_mark(step);
       decoder.drop_first_marks = read_prefix_scheme(step) != prefix_scheme::never;
     } else if (type == "Replace" && !fused && !decoder.byte_fallback) {
-      decoder.replacements.emplace_back(plain_pattern(step), step.at("content").text());
+      decoder.replacements.emplace_back(plain_pattern(step), step_text(step.at("content")));
     } else if (type == "ByteFallback" && !fused) {
       decoder.byte_fallback = true;
     } else if (type == "Fuse") {
@@ -164,6 +181,10 @@ void read_decoder(const json_field& root, tokenizer_settings& settings) {
 void append_special(const json_field& processor, const json_field& entry, std::vector<std::int64_t>& ids) {
   const std::string& name = entry.at("SpecialToken").at("id").text();
   const json_field listed = processor.at("special_tokens").at(name).at("ids");
+  if (ids.size() + listed.size() > max_template_ids) {
+    entry.refuse(std::to_string(ids.size() + listed.size()) + " tokens on one side of the text (at most " +
+                 std::to_string(max_template_ids) + " are accepted)");
+  }
   for (std::size_t i = 0; i < listed.size(); ++i) {
     ids.push_back(listed.at(i).integer(0, std::numeric_limits<std::int32_t>::max()));
   }
@@ -200,7 +221,10 @@ void read_post_processor(const json_field& root, tokenizer_settings& settings) {
 }
 
 void read_merges(const json_field& merges, tokenizer_settings& settings) {
-  settings.merges.reserve(merges.size());
+  if (merges.size() > max_merges) {
+    merges.refuse(std::to_string(merges.size()) + " merges (at most " + std::to_string(max_merges) +
+                  " are accepted)");
+  }
   std::size_t index = 0;
   for (const nlohmann::json& merge : merges.array()) {
     const auto refuse = [&] {
@@ -231,9 +255,20 @@ void read_model(const json_field& root, tokenizer_settings& settings) {
   }
   if (const auto dropout = model.find("dropout")) dropout->number(0.0, 0.0);
   const json_field vocab = model.at("vocab");
+  if (vocab.object().size() > max_tokens) {
+    vocab.refuse(std::to_string(vocab.object().size()) + " tokens (at most " + std::to_string(max_tokens) +
+                 " are accepted)");
+  }
   for (const auto& [text, id] : vocab.object().get_ref<const nlohmann::json::object_t&>()) {
     const bool usable = id.is_number_integer() && id.get<std::int64_t>() >= 0;
-    if (!usable) vocab.refuse("token " + in_quotes(text) + ": an id expected, got " + in_quotes(id.dump()));
+    if (!usable) {
+      vocab.refuse("token " + in_quotes(text) + ": an id expected, got " +
+                   (id.is_structured() ? "a list or object" : in_quotes(id.dump())));
+    }
+    if (text.size() > max_token_bytes) {
+      vocab.refuse("token " + in_quotes(text) + " has " + std::to_string(text.size()) + " bytes (at most " +
+                   std::to_string(max_token_bytes) + " are accepted)");
+    }
     settings.tokens.emplace_back(text, id.get<std::int64_t>());
   }
   read_merges(model.at("merges"), settings);
@@ -246,6 +281,9 @@ void read_model(const json_field& root, tokenizer_settings& settings) {
 void read_added_tokens(const json_field& root, tokenizer_settings& settings) {
   const auto list = root.find("added_tokens");
   if (!list) return;
+  if (list->size() > max_tokens) {
+    list->refuse(std::to_string(list->size()) + " tokens (at most " + std::to_string(max_tokens) + " are accepted)");
+  }
   for (std::size_t i = 0; i < list->size(); ++i) {
     const json_field entry = list->at(i);
     added_token token;

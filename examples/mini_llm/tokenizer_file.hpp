@@ -10,6 +10,11 @@
 
 namespace mini_llm {
 
+// Bounds that no file in use meets, so that a hostile one cannot ask for much memory or time.
+
+/// Of an added token, raw or normalised: the search for them looks so far ahead at each place. Real ones: 60.
+inline constexpr std::size_t max_added_bytes = 512;
+
 /// A token that is looked for in the text before anything else is done to it.
 struct added_token {
   std::string content;

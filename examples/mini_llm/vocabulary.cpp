@@ -7,16 +7,14 @@
 #include "json_document.hpp"
 
 namespace mini_llm {
-namespace {
-
-constexpr std::size_t max_tokens = std::size_t{1} << 22;
-
-}  // namespace
-
 vocabulary::vocabulary(std::vector<std::pair<std::string, std::int64_t>> tokens, std::string_view source) {
   if (tokens.empty()) throw input_error(source, "the vocabulary has no tokens");
+  if (tokens.size() > 2 * max_tokens) {
+    throw input_error(source, "the vocabulary and the added tokens are " + std::to_string(tokens.size()) +
+                                  " tokens (at most " + std::to_string(2 * max_tokens) + " are accepted)");
+  }
   // A single huge id must not make us allocate a table for all the ids below it.
-  const std::size_t limit = std::min(max_tokens, 2 * tokens.size() + 4096);
+  const std::size_t limit = std::min(2 * max_tokens, 2 * tokens.size() + 4096);
   std::size_t size = 0;
   for (const auto& [text, id] : tokens) {
     if (id < 0 || static_cast<std::uint64_t>(id) >= limit) {

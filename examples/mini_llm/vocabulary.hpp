@@ -10,6 +10,9 @@
 
 namespace mini_llm {
 
+/// Tokens that a file may list, and added tokens besides: the largest vocabularies in use have 262144.
+inline constexpr std::size_t max_tokens = std::size_t{1} << 21;
+
 /// Token texts by id and ids by text. Ids start at 0 and may have holes. Movable, not copyable.
 class vocabulary {
  public:
