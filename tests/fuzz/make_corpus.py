@@ -40,6 +40,35 @@ def shrunk(tokenizer, count):
     return json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":"))
 
 
+def hostile():
+    """Small files that ask for much memory or time: growing texts, costly patterns, long templates, many tokens."""
+    vocab = {"u": 0, "a": 1, " ": 2, "_": 3}
+    base = {"added_tokens": [{"id": 4, "content": "a|a", "normalized": True}, {"id": 5, "content": "a|"}],
+            "decoder": {"type": "Fuse"}, "model": {"type": "BPE", "vocab": vocab, "merges": [], "unk_token": "u"}}
+
+    def sequence(name, *steps):
+        return {"type": "Sequence", name: steps}
+
+    def replace(old, new):
+        return {"type": "Replace", "pattern": {"String": old}, "content": new}
+
+    def split(expression):
+        return {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
+
+    prepend = {"type": "Prepend", "prepend": "a" * 40}
+    special = [{"SpecialToken": {"id": "u"}}] * 4 + [{"Sequence": {"id": "A"}}]
+    return {
+        "growth": {**base, "normalizer": sequence("normalizers", prepend, replace("a", "aaaa"), replace("aa", "a a"))},
+        "decoder": {**base, "decoder": sequence("decoders", replace("_", "aa" * 9), replace("a", "____"))},
+        "metaspace": {**base, "pre_tokenizer": {"type": "Metaspace", "replacement": "_", "prepend_scheme": "first"},
+                      "decoder": {"type": "Metaspace", "replacement": "_"}},
+        "lookahead": {**base, "pre_tokenizer": split(".(?=.*z)")},
+        "backtracking": {**base, "pre_tokenizer": sequence("pretokenizers", split("."), split("(?:a|a?)+$|b{1,3}"))},
+        "template": {**base, "post_processor": {
+            "type": "TemplateProcessing", "single": special, "special_tokens": {"u": {"ids": [0] * 9}}}},
+    }
+
+
 def main():
     two = struct.pack("<2f", 1.0, -2.0)
     write("safetensors", "types", safetensors({
@@ -65,6 +94,9 @@ def main():
             tokenizer = json.loads(path.read_text())
             has_marks = "<s>" in tokenizer["model"]["vocab"]
             write("tokenizer", path.stem, shrunk(tokenizer, 6) + "\0" + (json.dumps(names) if has_marks else "{}") + text)
+    for name, tokenizer in hostile().items():
+        content = json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":"))
+        write("tokenizer", "hostile_" + name, content + "\0{}\0a a|a_" + "a" * 300 + "z a|")
 
 
 main()
