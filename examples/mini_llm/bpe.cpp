@@ -95,7 +95,7 @@ bpe_model::bpe_model(const tokenizer_settings& settings, const vocabulary& token
 }
 
 void bpe_model::read_merges(const tokenizer_settings& settings, const vocabulary& tokens, std::string_view source) {
-  merges_.reserve(settings.merges.size());
+  merges_.reserve(settings.merges.size());  // hence less than one in a bucket on the average
   std::int32_t rank = 0;
   for (const auto& [left, right] : settings.merges) {
     const auto find = [&](const std::string& text) {
@@ -106,7 +106,12 @@ void bpe_model::read_merges(const tokenizer_settings& settings, const vocabulary
       }
       return *id;
     };
-    merges_.insert_or_assign(pair_key(find(left), find(right)), merge_result{rank, find(left + right)});
+    const std::uint64_t key = pair_key(find(left), find(right));
+    merges_.insert_or_assign(key, merge_result{rank, find(left + right)});
+    if (is_crowded(merges_, key)) {
+      throw input_error(source, "model.merges: merge " + std::to_string(rank) + ": more than " +
+                                    std::to_string(max_bucket) + " merges collide in the hash table");
+    }
     ++rank;
   }
 }

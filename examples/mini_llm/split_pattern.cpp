@@ -82,6 +82,16 @@ PCRE2_SPTR as_pcre2(std::string_view text) { return reinterpret_cast<PCRE2_SPTR>
 
 }  // namespace
 
+std::size_t caseless_ranges(std::string_view expression) noexcept {
+  bool caseless = false;
+  for (std::size_t at = expression.find("(?"); at != expression.npos; at = expression.find("(?", at + 1)) {
+    const std::string_view rest = expression.substr(at + 2);
+    constexpr std::string_view flags = "^-imnsxJUabcdefghjklopqrtuvwyzDSWPT";  // those there are, and room for more
+    caseless = caseless || rest.substr(0, rest.find_first_not_of(flags)).find('i') != rest.npos;
+  }
+  return caseless ? static_cast<std::size_t>(std::count(expression.begin(), expression.end(), '-')) : 0;
+}
+
 split_pattern::split_pattern(const std::string& expression, bool drop_gaps, std::string_view source)
     : drop_gaps_(drop_gaps), expression_(expression), source_(source) {
   if (expression.empty() || expression.size() > max_expression_bytes) {

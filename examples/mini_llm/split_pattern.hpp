@@ -15,6 +15,13 @@ namespace mini_llm {
 inline constexpr std::size_t split_steps_per_byte = 256;
 inline constexpr std::size_t split_steps_allowance = 1'000'000;
 
+/// Ranges of all the expressions of a tokenizer that have a part without regard to case. PCRE2 looks at every
+/// character of such a range ([\x{100}-\x{10ffff}]: 8 ms) to compile it. The expressions in use have none.
+inline constexpr std::size_t max_caseless_ranges = 64;
+
+/// How many ranges an expression may compile without regard to case; none when no part of it is so.
+std::size_t caseless_ranges(std::string_view expression) noexcept;
+
 /// The steps that the patterns of a tokenizer may take on one text, all together.
 class split_budget {
  public:

@@ -106,7 +106,14 @@ tokenizer::tokenizer(const tokenizer_settings& settings, std::string_view source
       pre_tokenizer_(settings.pre_tokenizer),
       decoder_(settings.decoder),
       special_(tokens_.size(), false) {
+  std::size_t ranges = 0;
   for (const split_step& step : settings.pre_tokenizer.splits) {
+    ranges += caseless_ranges(step.expression);
+    if (ranges > max_caseless_ranges) {
+      throw input_error(source, "the split patterns up to " + in_quotes(step.expression) + " have " +
+                                    std::to_string(ranges) + " ranges without regard to case (at most " +
+                                    std::to_string(max_caseless_ranges) + " are accepted)");
+    }
     patterns_.emplace_back(step.expression, step.drop_gaps, source);
   }
   for (const added_token& token : settings.added) {

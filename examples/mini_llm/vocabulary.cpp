@@ -41,6 +41,10 @@ vocabulary::vocabulary(std::vector<std::pair<std::string, std::int64_t>> tokens,
       throw input_error(source, "token " + in_quotes(texts_[id]) + " has the ids " + std::to_string(other->second) +
                                     " and " + std::to_string(id));
     }
+    if (is_crowded(ids_, std::string_view(texts_[id]))) {
+      throw input_error(source, "token " + in_quotes(texts_[id]) + ": more than " + std::to_string(max_bucket) +
+                                    " tokens collide in the hash table");
+    }
   }
 }
 

@@ -8,6 +8,7 @@
 #include <nlohmann/json.hpp>
 #include <random>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "damaged_input.hpp"
@@ -233,6 +234,53 @@ TEST_CASE("hostile tokenizer: expressions whose cost cannot be counted are refus
     CAPTURE(expression);
     CHECK_NOTHROW(tokenizer::parse(with("/pre_tokenizer", split(expression)).dump()));
   }
+}
+
+TEST_CASE("hostile tokenizer: patterns that take long to compile are refused") {
+  const std::string ranges = "(?si)[" + repeated("\\x{100}-\\x{10ffff}", 330) + "]";
+  const json chain = {split(ranges), split("[" + ranges + "]|-"), split(ranges), split(ranges)};
+  says(refusal_of(with("/pre_tokenizer", sequence("pretokenizers", chain))), {"ranges", "77", "64"});
+  CHECK(caseless_ranges("(?i:'s|'t)|[^\\r\\n]?[a-z0-9]+") == 2);
+  CHECK(caseless_ranges("(?<in>a)(?:i)[!-/:-~]?[A-Za-z]+") == 0);
+}
+
+TEST_CASE("hostile tokenizer: tokens that are made to meet in one bucket of the hash table are refused") {
+  // A file with thousands of these makes each search for a token walk through all of them.
+  json file = small_file();
+  const std::size_t size = 100;
+  std::unordered_map<std::string_view, int> table;  // as the vocabulary's
+  table.reserve(size);
+  for (int i = 0; file["model"]["vocab"].size() < size; ++i) {
+    const std::string text = "x" + std::to_string(i);
+    if (table.bucket(text) == 0) file["model"]["vocab"][text] = file["model"]["vocab"].size();
+  }
+  says(refusal_of(file), {"\"x", "64", "collide"});
+}
+
+TEST_CASE("hostile tokenizer: merges that are made to meet in one bucket of the hash table are refused") {
+  json file = small_file();
+  const int longest = 200;
+  json vocab{{"u", 0}};
+  for (int i = 1; i <= longest; ++i) vocab[std::string(static_cast<std::size_t>(i), 'a')] = i;
+  json merges = json::array();
+  const auto hash = [](std::uint64_t left, std::uint64_t right) {  // as bpe_model's for so many merges
+    std::uint64_t pair = (left << 32) | right;
+    pair ^= pair >> 32;
+    pair *= 0x9e3779b97f4a7c15ULL;
+    return pair ^ (pair >> 29);
+  };
+  std::unordered_map<std::uint64_t, int> table;
+  table.reserve(100);
+  for (std::uint64_t left = 1; left < longest; ++left) {
+    for (std::uint64_t right = 1; left + right <= longest && merges.size() < 100; ++right) {
+      if (hash(left, right) % table.bucket_count() != 0) continue;
+      merges.push_back({std::string(left, 'a'), std::string(right, 'a')});
+    }
+  }
+  REQUIRE(merges.size() == 100);
+  file["model"]["vocab"] = vocab;
+  file["model"]["merges"] = merges;
+  says(refusal_of(file), {"model.merges", "64", "collide"});
 }
 
 TEST_CASE("split_pattern: the expressions in use are far from the bound on texts made for them") {
