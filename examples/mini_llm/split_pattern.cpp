@@ -15,6 +15,7 @@ namespace {
 
 constexpr std::size_t max_expression_bytes = 4096;
 constexpr std::uint32_t max_backtracking_kib = 64 * 1024;
+constexpr std::uint32_t max_groups = 32;      // that capture: each step copies what they hold; real expressions: none
 constexpr std::size_t max_repeat_digits = 3;  // real expressions repeat up to three times
 
 // No optimisation may skip the steps that are counted.
@@ -110,12 +111,18 @@ split_pattern::split_pattern(const std::string& expression, bool drop_gaps, std:
   }
   code_.reset(code, [](pcre2_code* p) { pcre2_code_free(p); });
   std::uint32_t references = 0;
+  std::uint32_t groups = 0;
   pcre2_pattern_info(code, PCRE2_INFO_BACKREFMAX, &references);
-  if (references > 0 || repeats_much(expression)) {
-    throw input_error(source, "the split pattern " + in_quotes(expression) +
-                                  (references > 0 ? " refers back to a group, which is not supported"
-                                                  : " repeats something more than 999 times"));
+  pcre2_pattern_info(code, PCRE2_INFO_CAPTURECOUNT, &groups);
+  const auto refuse_it = [&](const std::string& why) {
+    throw input_error(source, "the split pattern " + in_quotes(expression) + why);
+  };
+  if (references > 0) refuse_it(" refers back to a group, which is not supported");
+  if (groups > max_groups) {
+    refuse_it(" has " + std::to_string(groups) + " groups that capture (at most " + std::to_string(max_groups) +
+              " are accepted)");
   }
+  if (repeats_much(expression)) refuse_it(" repeats something more than 999 times");
 }
 
 void split_pattern::refuse(int error, const split_budget& budget) const {

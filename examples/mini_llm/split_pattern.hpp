@@ -55,7 +55,7 @@ class split_pattern {
   /// \param drop_gaps stretches between matches are left out instead of becoming pieces
   /// \param source    file name for messages
   /// \throws input_error when the expression does not compile, is longer than 4 KiB, refers back to a
-  ///         group or repeats something a thousand times
+  ///         group, has more than 32 that capture or repeats something a thousand times
   split_pattern(const std::string& expression, bool drop_gaps, std::string_view source);
 
   /// Appends the pieces of `text`, in order, none empty. They view `text`.

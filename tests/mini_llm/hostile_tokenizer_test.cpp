@@ -229,6 +229,7 @@ TEST_CASE("hostile tokenizer: the patterns of a chain share their steps on all t
 
 TEST_CASE("hostile tokenizer: expressions whose cost cannot be counted are refused") {
   says(refusal_of(with("/pre_tokenizer", split("(.*)\\1z"))), {"(.*)\\1z", "refers back"});
+  says(refusal_of(with("/pre_tokenizer", split(repeated("(x)?", 132)))), {"(x)?", "33", "32"});
   says(refusal_of(with("/pre_tokenizer", split("[^z]{5,60000}"))), {"60000", "999"});
   for (const char* expression : {"\\p{N}{1,3}", "[\\x{3040}-\\x{30FF}\\x{10000}]+", "a{2,}", "\\\\{3}"}) {
     CAPTURE(expression);
