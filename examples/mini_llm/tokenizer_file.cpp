@@ -323,15 +323,17 @@ void read_config(std::string_view config_text, tokenizer_settings& settings) {
 
 tokenizer_settings parse_tokenizer_file(std::string_view text, std::string_view config_text,
                                         std::string_view source) {
-  const nlohmann::json document = parse_json(text, source);
-  const json_field root(document, source);
   tokenizer_settings settings;
-  read_model(root, settings);
-  read_added_tokens(root, settings);
-  read_normalizer(root, settings);
-  read_pre_tokenizer(root, settings.pre_tokenizer);
-  read_decoder(root, settings);
-  read_post_processor(root, settings);
+  {  // the document is gone before the next one is read: it may take much memory
+    const nlohmann::json document = parse_json(text, source);
+    const json_field root(document, source);
+    read_model(root, settings);
+    read_added_tokens(root, settings);
+    read_normalizer(root, settings);
+    read_pre_tokenizer(root, settings.pre_tokenizer);
+    read_decoder(root, settings);
+    read_post_processor(root, settings);
+  }
   if (!config_text.empty()) read_config(config_text, settings);
   return settings;
 }
