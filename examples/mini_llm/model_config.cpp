@@ -137,7 +137,10 @@ void read_token_ids(const json_field& root, std::string_view name, std::int64_t 
     if (id >= 0) ids.push_back(static_cast<std::int32_t>(id));
     return;
   }
-  if (field->size() > max_token_ids) field->expected("at most " + std::to_string(max_token_ids) + " ids");
+  if (field->size() > max_token_ids) {
+    field->refuse(std::to_string(field->size()) + " ids (at most " + std::to_string(max_token_ids) +
+                  " are accepted)");
+  }
   for (std::size_t i = 0; i < field->size(); ++i) {
     ids.push_back(static_cast<std::int32_t>(field->at(i).integer(0, vocab - 1)));
   }

@@ -363,5 +363,5 @@ TEST_CASE("hostile config: a model has 256 end tokens at most") {
                  {"max_position_embeddings", 64},
                  {"rms_norm_eps", 1e-6}};
   config["eos_token_id"] = std::vector<int>(257, 1);
-  says(refusal([&] { parse_model_config(config.dump()); }), {"eos_token_id", "256"});
+  says(refusal([&] { parse_model_config(config.dump()); }), {"eos_token_id", "257", "256"});
 }
