@@ -12,11 +12,18 @@
 #include "command_input.hpp"
 #include "commands.hpp"
 #include "input_error.hpp"
+#include "option_values.hpp"
 #include "progress_line.hpp"
+#include "session_flags.hpp"
 #include "specattn/specattn.hpp"
 
 namespace mini_llm {
 namespace {
+
+constexpr const char* prompt_names = "-p,--n-prompt";
+constexpr const char* length_names = "-n,--n-gen";
+constexpr const char* depth_names = "-d,--n-depth";
+constexpr const char* draft_names = "--draft,--draft-max,--draft-length";
 
 class stopwatch {
  public:
@@ -116,7 +123,7 @@ std::vector<tested_system> list_systems(session& with, const bench_options& opti
       guide.alignment = *found;
     }
     for (const std::int32_t length :
-         parse_integers(options.draft_lengths, "--draft-length", 1, specattn::max_draft_length)) {
+         parse_integers(options.draft_lengths, draft_names, 1, specattn::max_draft_length)) {
       systems.push_back({guide, length});
     }
   }
@@ -222,9 +229,9 @@ void run_bench(const bench_options& options) {
   session with = open_session(pair);
   with.guide.rule = pair.rule;
   const std::int32_t limit = with.target->model->shape().max_positions - 1;
-  const auto prompts = parse_integers(options.prompts, "--n-prompt", 0, limit);
-  const auto lengths = parse_integers(options.generate, "--n-gen", 0, limit);
-  const auto depths = parse_integers(options.depths, "--n-depth", 0, limit);
+  const auto prompts = parse_integers(options.prompts, prompt_names, 0, limit);
+  const auto lengths = parse_integers(options.generate, length_names, 0, limit);
+  const auto depths = parse_integers(options.depths, depth_names, 0, limit);
   const std::vector<tested_system> systems = list_systems(with, options);
   std::cerr << "tokens a second, mean ± standard deviation of " << options.repetitions
             << " repetitions; greedy; sampling is timed, tokenisation is not\n";
@@ -252,34 +259,19 @@ void add_bench_command(CLI::App& app) {
   CLI::App& command = *app.add_subcommand("bench", "prefill and decode rates by depth of context");
   bench_options& o = *options;
   add_pair_flags(command, o.pair);
-  command.add_option("-p,--n-prompt", o.prompts, "lengths of the prefill tests")->capture_default_str();
-  command.add_option("-n,--n-gen", o.generate, "lengths of the decode tests")->capture_default_str();
-  command.add_option("-d,--n-depth", o.depths, "tokens cached before a decode test")->capture_default_str();
-  command.add_option("-r,--repetitions", o.repetitions, "timed repetitions")
-      ->check(CLI::Range(1, 1000))
-      ->capture_default_str();
-  command.add_option("-w,--warm-ups", o.warm_ups, "untimed repetitions before")
-      ->check(CLI::Range(0, 1000))
-      ->capture_default_str();
+  command.add_option(prompt_names, o.prompts, "lengths of the prefill tests")->capture_default_str();
+  command.add_option(length_names, o.generate, "lengths of the decode tests")->capture_default_str();
+  command.add_option(depth_names, o.depths, "tokens cached before a decode test")->capture_default_str();
+  add_integer(command, "-r,--repetitions", o.repetitions, 1, 1000, "timed repetitions");
+  add_integer(command, "-w,--warm-ups", o.warm_ups, 0, 1000, "untimed repetitions before");
   command.add_option("--guide,--guides", o.guides,
                      "speculative rows beside the plain ones: none (dense), draft, paper, window, quest, oracle");
-  command.add_option("--draft,--draft-max,--draft-length", o.draft_lengths, "tokens drafted a round")
-      ->capture_default_str();
-  command.add_option("--alignment", o.pair.alignment, "the pair's alignment, as `calibrate` writes it");
-  command.add_option("--keep", o.pair.rule.top_p, "share of the importance that a selection keeps")
-      ->check(CLI::Range(0.0, 1.0))
-      ->capture_default_str();
-  command.add_option("--record-steps", o.pair.decode.record_steps, "draft steps that guide a round; 0: all")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  command
-      .add_option("--record-every", o.pair.decode.record_every,
-                  "of n rounds the first records and selects; 1: each does")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  command.add_flag("--sparse-draft,!--dense-draft", o.pair.decode.sparse_draft,
-                   "draft steps read the draft's own selection, made a round ago");
+  command.add_option(draft_names, o.draft_lengths, "tokens drafted a round")->capture_default_str();
+  add_alignment_flag(command, o.pair);
+  add_keep_flag(command, o.pair);
+  add_recording_flags(command, o.pair);
   command.add_option("-o,--output", o.format, "md, csv or json")->capture_default_str();
+  refuse_empty_values(command);
   command.callback([options] { run_bench(*options); });
 }
 

@@ -4,10 +4,12 @@
 #include <cmath>
 #include <iostream>
 #include <memory>
+#include <random>
 
 #include "calibrate_report.hpp"
 #include "commands.hpp"
 #include "input_error.hpp"
+#include "option_values.hpp"
 #include "progress_line.hpp"
 #include "specattn/alignment_json.hpp"
 #include "specattn/specattn.hpp"
@@ -43,7 +45,7 @@ specattn::calibration calibrate_as(session& with, const std::vector<token_text>&
 
 }  // namespace
 
-token_text sample_text(session& with, std::int32_t tokens, std::int64_t seed) {
+token_text sample_text(session& with, std::int32_t tokens, std::uint64_t seed) {
   const auto begin = with.target->words.bos_id();
   const std::int32_t first = begin ? *begin : with.target->config.bos_id.value_or(0);
   specattn::decode_options options;
@@ -56,7 +58,7 @@ token_text sample_text(session& with, std::int32_t tokens, std::int64_t seed) {
   request.max_new_tokens = tokens - 1;
   request.sampler.temperature = 0.8f;
   request.sampler.top_p = 0.95f;
-  request.sampler.seed = static_cast<std::uint64_t>(seed);
+  request.sampler.seed = seed;
   const std::int32_t row = plain->add(request, [](std::int32_t, std::int32_t) {});
   progress_line progress(std::cerr);
   std::size_t done = 1;
@@ -94,23 +96,26 @@ void run_calibrate(const calibrate_options& options) {
   }
   for (const std::filesystem::path& file : options.files) require_readable(file);
   specattn::calibration_options fit = options.fit;
-  fit.windows = parse_integers(options.windows, "--windows", 1, 1 << 20);
+  if (options.windows != "none") fit.windows = parse_integers(options.windows, "--windows", 1, 1 << 20);
   session_options pair = options.pair;
   pair.guide = "none";
   session with = open_session(pair);
   if (!with.draft) throw input_error("calibrate needs a draft model: name it with --model-draft");
   const std::int32_t limit = (std::min)(
       {options.tokens, with.target->model->shape().max_positions, with.draft->model->shape().max_positions});
-  const std::int32_t least = fit.prefill + least_behind_prefill;
+  const std::int64_t least = std::int64_t{fit.prefill} + least_behind_prefill;
   if (limit < least) {
-    throw input_error("calibrate: --tokens " + std::to_string(limit) + " is too few; at least " +
-                      std::to_string(least) + " are needed");
+    throw input_error("calibrate: " + std::to_string(limit) + " tokens (--tokens, cut to the context) are too few; " +
+                      "with --prefill " + std::to_string(fit.prefill) + " at least " + std::to_string(least) +
+                      " are needed");
   }
   std::vector<token_text> texts;
   if (options.files.empty()) {
-    texts.push_back(sample_text(with, limit, options.seed));
+    const std::uint64_t seed = options.seed ? *options.seed : std::random_device{}();
+    std::cerr << "sampling with seed " << seed << '\n';
+    texts.push_back(sample_text(with, limit, seed));
   } else {
-    texts = read_texts(options.files, *with.target, limit, least);
+    texts = read_texts(options.files, *with.target, limit, static_cast<std::int32_t>(least));
   }
   const specattn::calibration made = calibrate_pair(with, texts, fit);
   for (const float divergence : made.fitted.divergence) {
@@ -138,32 +143,23 @@ void add_calibrate_command(CLI::App& app) {
   add_pair_flags(command, o.pair);
   command.add_option("-f,--file", o.files,
                      "a text to read, - for stdin; repeatable; without one the target samples its own");
-  command.add_option("--tokens", o.tokens, "tokens of each text, cut to the context")
-      ->check(CLI::PositiveNumber)
+  add_integer(command, "--tokens", o.tokens, 1, any_count, "tokens of each text, cut to the context");
+  add_seed(command, "-s,--seed", o.seed, "of a sampled text, 64 bits; below 0: random (it is printed)");
+  add_integer(command, "--draft,--draft-max,--draft-length", o.fit.draft_length, 1, specattn::max_draft_length,
+              "tokens drafted a round");
+  add_integer(command, "--record-steps", o.fit.record_steps, 0, any_count, "draft steps that guide a round; 0: all");
+  add_integer(command, "--prefill", o.fit.prefill, 1, any_count, "leading tokens of a text that are not compared");
+  add_integer(command, "--every", o.fit.every, 1, any_count, "compare every n-th block");
+  command.add_option("--windows", o.windows, "recency signals: lengths, separated by commas, or none")
       ->capture_default_str();
-  command.add_option("-s,--seed", o.seed, "of a sampled text")->capture_default_str();
-  command.add_option("--draft,--draft-max,--draft-length", o.fit.draft_length, "tokens drafted a round")
-      ->check(CLI::Range(1, specattn::max_draft_length))
-      ->capture_default_str();
-  command.add_option("--record-steps", o.fit.record_steps, "draft steps that guide a round; 0: all")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  command.add_option("--prefill", o.fit.prefill, "leading tokens of a text that are not compared")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  command.add_option("--every", o.fit.every, "compare every n-th block")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  command.add_option("--windows", o.windows, "recency signals: lengths, separated by commas; \"\" for none")
-      ->capture_default_str();
-  command.add_option("--sinks", o.fit.sinks, "first positions that the sink signal covers; 0: no such signal")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
+  add_integer(command, "--sinks", o.fit.sinks, 0, any_count,
+              "first positions that the sink signal covers; 0: no such signal");
   command.add_flag("--history,!--no-history", o.fit.history,
                    "the target's own attention a round ago is a signal too");
   command.add_option("-o,--out", o.out, "the alignment")->capture_default_str();
   command.add_option("--plot", o.plot, "write <prefix>-divergence.svg and <prefix>-mixtures.svg");
   command.add_flag("--json", o.json, "print JSON in place of the tables");
+  refuse_empty_values(command);
   command.callback([options] { run_calibrate(*options); });
 }
 

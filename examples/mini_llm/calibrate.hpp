@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <functional>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -17,7 +18,7 @@ struct calibrate_options {
   session_options pair;
   std::vector<std::filesystem::path> files;  ///< none: the target samples its own text
   std::int32_t tokens = 2048;                ///< of each text
-  std::int64_t seed = 1;                     ///< of a sampled text
+  std::optional<std::uint64_t> seed = 1;     ///< of a sampled text; nothing: a random one
   specattn::calibration_options fit;
   std::string windows = "16,64,256";
   std::filesystem::path out = "alignment.json";
@@ -27,7 +28,7 @@ struct calibrate_options {
 
 /// `with` is opened with the guide none.
 /// Text that the target samples after its beginning-of-text token: temperature 0.8, top-p 0.95.
-token_text sample_text(session& with, std::int32_t tokens, std::int64_t seed);
+token_text sample_text(session& with, std::int32_t tokens, std::uint64_t seed);
 
 /// Reads the texts with both models and fits. The alignment names the models and the hashes of their weights.
 specattn::calibration calibrate_pair(session& with, const std::vector<token_text>& texts,

@@ -1,37 +1,25 @@
 #include "command_input.hpp"
 
 #include <algorithm>
-#include <charconv>
 #include <cmath>
 #include <cstdarg>
 #include <cstdio>
 #include <string_view>
-#include <system_error>
 
 #include "input_error.hpp"
+#include "option_values.hpp"
 
 namespace mini_llm {
 namespace {
 
-/// Calls `take(part)` for each part between commas.
+/// Calls `take(part)` for each part between commas; none may be empty, which `take` sees to.
 template <class Take>
 void split_list(const std::string& list, Take take) {
   for (std::size_t from = 0; from <= list.size();) {
     const std::size_t end = (std::min)(list.find(',', from), list.size());
-    if (end > from) take(std::string_view(list).substr(from, end - from));
+    take(std::string_view(list).substr(from, end - from));
     from = end + 1;
   }
-}
-
-template <class Number>
-Number parse_number(std::string_view part, const char* flag, Number low, Number high) {
-  Number value{};
-  const auto [end, failed] = std::from_chars(part.data(), part.data() + part.size(), value);
-  if (failed != std::errc{} || end != part.data() + part.size() || !(value >= low && value <= high)) {
-    throw input_error(std::string(flag) + ": '" + std::string(part) + "' is no number from " +
-                      print("%g", static_cast<double>(low)) + " to " + print("%g", static_cast<double>(high)));
-  }
-  return value;
 }
 
 }  // namespace
@@ -52,8 +40,9 @@ std::string print(const char* format, ...) {
 void add_pair_flags(CLI::App& command, session_options& options) {
   command.add_option("-m,--model", options.model, "target: a Hugging Face directory; default: the embedded one");
   command.add_option("--md,--model-draft,--draft-model", options.draft,
-                     "draft; default with the embedded target: its own");
-  command.add_option("-t,--threads", options.threads, "0: all")->check(CLI::Range(0, 1024))->capture_default_str();
+                     "draft (or -md); default with the embedded target: its own");
+  add_integer(command, "-t,--threads", options.threads, 0, 1024,
+              "0: as many as the CPU affinity and the control group's quota allow");
   command.add_option("--kv,--cache-type", options.kv, "f16, bf16 or f32")->capture_default_str();
 }
 
@@ -82,14 +71,14 @@ std::vector<token_text> read_texts(const std::vector<std::filesystem::path>& fil
 
 std::vector<double> parse_numbers(const std::string& list, const char* flag, double low, double high) {
   std::vector<double> numbers;
-  split_list(list, [&](std::string_view part) { numbers.push_back(parse_number(part, flag, low, high)); });
+  split_list(list, [&](std::string_view part) { numbers.push_back(read_number(flag, part, low, high)); });
   return numbers;
 }
 
 std::vector<std::int32_t> parse_integers(const std::string& list, const char* flag, std::int32_t low,
                                          std::int32_t high) {
   std::vector<std::int32_t> numbers;
-  split_list(list, [&](std::string_view part) { numbers.push_back(parse_number(part, flag, low, high)); });
+  split_list(list, [&](std::string_view part) { numbers.push_back(read_integer(flag, part, low, high)); });
   return numbers;
 }
 

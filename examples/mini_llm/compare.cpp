@@ -12,7 +12,6 @@ namespace {
 
 double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
 
-constexpr std::int32_t longest_draft = 8;
 constexpr int repeats = 3;
 
 run_result decode_once(engine& decoder, std::int32_t row, specattn::decode_request request,
@@ -122,7 +121,7 @@ comparison compare_systems(const session& made, const specattn::decode_request& 
   options.draft_length = 0;
   enter("autoregressive", "exact", dense, options);
   if (made.draft) {
-    options.draft_length = longest_draft;
+    options.draft_length = comparison::longest_draft;
     enter("dense speculation", "exact", dense, options);
     if (made.guide.kind != guide_kind::none) {
       options.sparse_draft = true;
@@ -130,7 +129,7 @@ comparison compare_systems(const session& made, const specattn::decode_request& 
       enter("dense verify, sparse draft", "lossless", dense, options);
       options = made.decode;
       options.adaptive = false;
-      options.draft_length = longest_draft;
+      options.draft_length = comparison::longest_draft;
       enter("SpecAttn (" + std::string(name_of(made.guide.kind)) + ")", "approximate", made.guide, options);
       options.adaptive = true;
       enter("SpecAttn, adaptive", "approximate", made.guide, options);

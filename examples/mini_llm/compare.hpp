@@ -28,6 +28,7 @@ struct comparison {
     double predicted_seconds, measured_seconds;
   };
   static constexpr int texts = 5;
+  static constexpr std::int32_t longest_draft = 8;  ///< that a system tries
   std::vector<system> systems;  ///< autoregressive, dense speculation, dense with a sparse draft, guided, adaptive
   std::vector<prediction> predictions;
 };

@@ -12,6 +12,7 @@
 #include "compare.hpp"
 #include "input_error.hpp"
 #include "loaded_model.hpp"
+#include "option_values.hpp"
 #include "report.hpp"
 #include "session.hpp"
 #include "session_flags.hpp"
@@ -30,7 +31,7 @@ struct generate_options {
   std::optional<std::string> prompt;
   std::string file;
   std::int32_t predict = 256;
-  std::int64_t seed = 1;
+  std::optional<std::uint64_t> seed = 1;  ///< nothing: a random one
   specattn::sampler_options sampler{.temperature = 0.8f, .top_p = 0.95f};
   bool ignore_eos = false;
   bool show_prompt = false;
@@ -65,7 +66,7 @@ void print_setting(const session& made, const generate_options& options, std::si
   const auto megabytes = [](std::size_t bytes) { return std::to_string((bytes + 524288) / 1048576) + " MiB"; };
   std::cerr << "target " << made.target->directory.string();
   if (made.draft)
-    std::cerr << ", draft " << made.draft->directory.string() << ", " << made.decode.draft_length
+    std::cerr << "\ndraft " << made.draft->directory.string() << ", " << made.decode.draft_length
               << " tokens a round";
   std::cerr << "\nverification: ";
   if (made.guide.kind == guide_kind::none) {
@@ -118,9 +119,10 @@ run_result write_text_after(const session& made, const generate_options& options
 }
 
 void generate(generate_options options) {
-  options.sampler.seed = options.seed < 0 ? std::random_device{}() : static_cast<std::uint64_t>(options.seed);
+  options.sampler.seed = options.seed ? *options.seed : std::random_device{}();
   const std::string given = prompt_text(options);
   session made = open_session(options.session);
+  if (options.compare && made.draft) check_refresh(made.decode.refresh_every, comparison::longest_draft);
   const std::vector<std::int32_t> prompt = made.target->encode(given);
   if (prompt.empty()) throw input_error("the prompt is empty; give at least one token");
   const std::int64_t limit =
@@ -171,20 +173,12 @@ void add_generate_command(CLI::App& app) {
   add_session_flags(*command, options->session);
   auto* prompt = command->add_option("-p,--prompt", options->prompt, "prompt; default: the embedded one");
   command->add_option("-f,--file", options->file, "read the prompt from a file, '-' for stdin")->excludes(prompt);
-  command->add_option("-n,--n-predict,--max-tokens", options->predict, "tokens to write")
-      ->check(CLI::Range(0, 1 << 24))
-      ->capture_default_str();
-  command->add_option("-s,--seed", options->seed, "seed; below 0: random (it is printed)")->capture_default_str();
-  command->add_option("--temp,--temperature", options->sampler.temperature, "0: greedy")->capture_default_str();
-  command->add_option("--top-k", options->sampler.top_k, "0: off")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  command->add_option("--top-p", options->sampler.top_p, "1: off")
-      ->check(CLI::Range(0.0, 1.0))
-      ->capture_default_str();
-  command->add_option("--min-p", options->sampler.min_p, "0: off")
-      ->check(CLI::Range(0.0, 1.0))
-      ->capture_default_str();
+  add_integer(*command, "-n,--n-predict,--max-tokens", options->predict, 0, 1 << 24, "tokens to write");
+  add_seed(*command, "-s,--seed", options->seed, "seed, 64 bits; below 0: random (it is printed)");
+  add_number(*command, "--temp,--temperature", options->sampler.temperature, 0, 1000, "0: greedy");
+  add_integer(*command, "--top-k", options->sampler.top_k, -1, any_count, "0 or -1: off");
+  add_number(*command, "--top-p", options->sampler.top_p, 0, 1, "1: off");
+  add_number(*command, "--min-p", options->sampler.min_p, 0, 1, "0: off");
   command->add_flag("--ignore-eos", options->ignore_eos, "go on after the end-of-text token");
   command->add_flag("--display-prompt", options->show_prompt, "write the prompt before the text");
   command->add_option("--device", options->session.device, "cpu or cuda (guides none, draft and paper; --kv f16)")
@@ -192,6 +186,7 @@ void add_generate_command(CLI::App& app) {
   command->add_flag("--compare", options->compare,
                     "then time autoregressive and dense speculative decoding from the same prompt");
   command->add_flag("--json", options->json, "one JSON object on stdout, the text in it");
+  refuse_empty_values(*command, prompt);  // an empty prompt is one: the begin token alone
   command->callback([options] { generate(*options); });
 }
 

@@ -6,8 +6,10 @@
 #include <iostream>
 #include <new>
 #include <string>
+#include <vector>
 
 #include "commands.hpp"
+#include "option_values.hpp"
 #include "specattn/config.hpp"
 
 int main(int argc, char** argv) {
@@ -24,14 +26,12 @@ int main(int argc, char** argv) {
   mini_llm::add_perplexity_command(app);
   mini_llm::add_bench_command(app);
   try {
+    std::vector<std::string> arguments = mini_llm::plain_arguments(argc, argv);
     // Without a subcommand the main job runs, so that the program works with no arguments at all.
-    std::string plain[] = {"mini_llm", "generate"};
-    char* generate[] = {plain[0].data(), plain[1].data(), nullptr};
-    if (argc == 1) {
-      app.parse(2, generate);
-    } else {
-      app.parse(argc, argv);
-    }
+    if (arguments.size() < 2) arguments = {"mini_llm", "generate"};
+    std::vector<const char*> pointers;
+    for (const std::string& argument : arguments) pointers.push_back(argument.c_str());
+    app.parse(static_cast<int>(pointers.size()), pointers.data());
     if (app.get_subcommands().empty()) std::cout << app.help();
     std::cout.flush();
     if (!std::cout) {

@@ -9,12 +9,17 @@
 
 #include "commands.hpp"
 #include "input_error.hpp"
+#include "option_values.hpp"
 #include "perplexity_report.hpp"
 #include "progress_line.hpp"
+#include "session_flags.hpp"
 #include "specattn/specattn.hpp"
 
 namespace mini_llm {
 namespace {
+
+constexpr const char* keep_names = "-p,--p,--keep";
+constexpr const char* pages_names = "--quest,--pages";
 
 double seconds_now() {
   return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
@@ -161,13 +166,15 @@ std::vector<guide_point> list_points(const perplexity_options& options) {
       case guide_kind::none:
         continue;
       case guide_kind::quest:
-        settings = parse_numbers(options.pages, "--pages", 1e-6, 1);
+        settings = parse_numbers(options.pages, pages_names, least_share, 1);
         break;
       case guide_kind::window:
-        settings = parse_numbers(options.windows, "--windows", 0, 1 << 30);
+        for (const std::int32_t window : parse_integers(options.windows, "--windows", 0, 1 << 30)) {
+          settings.push_back(window);
+        }
         break;
       default:
-        settings = parse_numbers(options.keep, "--p", 0, 1);
+        settings = parse_numbers(options.keep, keep_names, 0, 1);
         break;
     }
     for (const double setting : settings) points.push_back({kind, setting});
@@ -208,7 +215,7 @@ point_result score_texts(session& with, const guide_point& point, const std::vec
 void run_perplexity(const perplexity_options& options) {
   const std::vector<guide_point> points = list_points(options);
   if (options.files.empty()) throw input_error("perplexity: name at least one text with --file");
-  if (!(options.prefill > 0 && options.prefill < 1)) throw input_error("--prefill is a share between 0 and 1");
+  if (!(options.prefill > 0 && options.prefill < 1)) throw input_error("--prefill is a share above 0 and below 1");
   for (const std::string* file : {&options.plot, &options.json}) {
     if (!file->empty()) require_writable(*file);
   }
@@ -245,40 +252,20 @@ void add_perplexity_command(CLI::App& app) {
   command.add_option("--contexts", o.contexts, "tokens of each text that are taken")->capture_default_str();
   command.add_option("--guides", o.guides, "none (dense, always measured), window, quest, paper, draft, oracle")
       ->capture_default_str();
-  command.add_option("-p,--p,--keep", o.keep, "shares of the importance that draft, paper and oracle keep")
+  command.add_option(keep_names, o.keep, "shares of the importance that draft, paper and oracle keep")
       ->capture_default_str();
-  command.add_option("--quest,--pages", o.pages, "shares of the pages that quest keeps")->capture_default_str();
+  command.add_option(pages_names, o.pages, "shares of the pages that quest keeps")->capture_default_str();
   command.add_option("--windows", o.windows, "newest positions that window keeps")->capture_default_str();
-  command.add_option("--prefill", o.prefill, "share of a text read densely before rounds begin")
-      ->capture_default_str();
-  command.add_option("--alignment", o.pair.alignment, "the pair's alignment, as `calibrate` writes it");
-  command.add_option("--draft,--draft-max,--draft-length", o.pair.decode.draft_length, "tokens drafted a round")
-      ->check(CLI::Range(1, specattn::max_draft_length))
-      ->capture_default_str();
-  command.add_option("--record-steps", o.pair.decode.record_steps, "draft steps that guide a round; 0: all")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  command
-      .add_option("--record-every", o.pair.decode.record_every,
-                  "of n rounds the first records and selects; 1: each does")
-      ->check(CLI::PositiveNumber)
-      ->capture_default_str();
-  command.add_flag("--sparse-draft,!--dense-draft", o.pair.decode.sparse_draft,
-                   "draft steps read the draft's own selection, made a round ago");
-  command.add_option("--refresh", o.pair.decode.refresh_every, "every n rounds rewrite approximate keys and values")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  command.add_option("--dense-layers", o.pair.decode.dense_layers, "first layers that stay dense")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  command.add_option("--sinks", o.pair.rule.sinks, "first positions, always kept")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
-  command.add_option("--recent", o.pair.rule.recent, "newest positions, always kept")
-      ->check(CLI::NonNegativeNumber)
-      ->capture_default_str();
+  add_number(command, "--prefill", o.prefill, least_share, 1 - least_share,
+             "share of a text read densely before rounds begin");
+  add_alignment_flag(command, o.pair);
+  add_integer(command, "--draft,--draft-max,--draft-length", o.pair.decode.draft_length, 1,
+              specattn::max_draft_length, "tokens drafted a round");
+  add_recording_flags(command, o.pair);
+  add_dense_flags(command, o.pair);
   command.add_option("--plot", o.plot, "write a picture of rise against reduction (SVG)");
   command.add_option("--json", o.json, "write the results as JSON");
+  refuse_empty_values(command);
   command.callback([options] { run_perplexity(*options); });
 }
 

@@ -62,7 +62,21 @@ std::optional<specattn::alignment> find_alignment(const std::filesystem::path& g
   return alignment;
 }
 
+void check_refresh(std::int32_t refresh_every, std::int32_t draft_length) {
+  const std::int64_t tokens = (std::int64_t{refresh_every} + 1) * (draft_length + 1);
+  if (tokens <= max_slots) return;
+  throw input_error("--refresh " + std::to_string(refresh_every) + " with " + std::to_string(draft_length) +
+                    " drafted tokens a round rewrites up to " + std::to_string(tokens) + " at once; a pass takes " +
+                    std::to_string(max_slots) + ": give 0 to " + std::to_string(max_slots / (draft_length + 1) - 1));
+}
+
 namespace {
+
+void check_context(std::int32_t positions, const loaded_model& target) {
+  if (positions <= target.config.max_context) return;
+  throw input_error("-c,--ctx-size " + std::to_string(positions) + ": the context of " + target.directory.string() +
+                    " has " + std::to_string(target.config.max_context) + " positions");
+}
 
 bool is_cuda(const std::string& device) {
   if (device != "cpu" && device != "cuda") throw input_error("device '" + device + "' is none of cpu, cuda");
@@ -100,11 +114,16 @@ session open_session(const session_options& options) {
   load_models(made, options);
   made.decode = options.decode;
   if (!made.draft) made.decode.draft_length = 0;
+  check_context(made.decode.max_positions, *made.target);
+  check_refresh(made.decode.refresh_every, made.decode.draft_length);
 
   std::optional<specattn::alignment> alignment;
   if (made.draft) alignment = find_alignment(options.alignment, made);
   if (!kind) kind = alignment ? guide_kind::draft : guide_kind::none;
   if (*kind == guide_kind::draft || *kind == guide_kind::paper) {
+    if (options.decode.draft_length == 0) {
+      throw input_error("--guide " + std::string(name_of(*kind)) + " needs drafts, and --draft is 0");
+    }
     if (!made.draft) throw input_error("--guide " + std::string(name_of(*kind)) + " needs a draft model (-md)");
     if (!alignment) {
       throw input_error("--guide " + std::string(name_of(*kind)) +

@@ -52,6 +52,10 @@ struct session {
   void require_room(const guide_choice& with, specattn::decode_options options, std::int64_t positions) const;
 };
 
+/// Refuses rounds of so many drafted tokens whose refresh takes more tokens than a pass.
+/// \throws input_error naming --refresh and the most it may be
+void check_refresh(std::int32_t refresh_every, std::int32_t draft_length);
+
 /// Loads and checks. \throws input_error, specattn::contract_error
 session open_session(const session_options& options);
 
