@@ -182,6 +182,15 @@ std::vector<guide_point> list_points(const perplexity_options& options) {
   return points;
 }
 
+specattn::decode_counts score_text(engine& decoder, const token_text& text, std::int32_t first,
+                                   std::vector<float>& losses) {
+  try {
+    return decoder.score(text.tokens, first, losses);
+  } catch (const specattn::contract_error& error) {  // of a model whose logits are no numbers, say
+    throw input_error(text.name, std::string(error.what()) + "; --kv bf16 or f32 may help");
+  }
+}
+
 point_result score_texts(session& with, const guide_point& point, const std::vector<token_text>& texts,
                          double prefill, std::vector<float>& losses,
                          const std::function<void(std::size_t)>& progress) {
@@ -195,7 +204,7 @@ point_result score_texts(session& with, const guide_point& point, const std::vec
     const auto length = static_cast<std::int32_t>(texts[i].tokens.size());
     const auto first = (std::max)(1, static_cast<std::int32_t>(prefill * length));
     std::vector<float> loss(static_cast<std::size_t>(length - first));
-    result.counts += decoder->score(texts[i].tokens, first, loss);
+    result.counts += score_text(*decoder, texts[i], first, loss);
     require_finite(texts[i], loss, first);
     const std::vector<double> exact(loss.begin(), loss.end());
     result.text_nll.push_back(mean_and_error(exact).first);

@@ -117,6 +117,7 @@ nlohmann::json to_json(const run_result& result) {
            {{"rounds", c.rounds},
             {"dense_rounds", c.dense_rounds},
             {"refreshed", c.refreshed},
+            {"draft_failures", c.draft_failures},
             {"proposed", c.proposed},
             {"accepted", c.accepted},
             {"corrected", c.corrected},

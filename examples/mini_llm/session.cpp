@@ -25,22 +25,23 @@ std::size_t session::weight_bytes() const {
   return target->model->weight_bytes() + (draft ? draft->model->weight_bytes() : 0);
 }
 
+namespace {
+
+void require_context(std::int64_t positions, const loaded_model& target) {
+  if (positions <= target.config.max_context) return;
+  const std::string limit = std::to_string(target.config.max_context);
+  throw input_error(target.directory.string(),
+                    (target.config.sliding_window ? "attention sees the last " + limit + " positions (sliding_window)"
+                                                  : "the context has " + limit + " positions") +
+                        ", " + std::to_string(positions) + " are asked for; give no more (-c,--ctx-size " + limit +
+                        ", or less to write: -n)");
+}
+
+}  // namespace
+
 void session::require_room(const guide_choice& with, specattn::decode_options options, std::int64_t positions) const {
-  const auto refuse_past = [&](const loaded_model& model, std::int64_t asked, const char* remedy) {
-    if (asked <= model.config.max_context) return;
-    const std::string limit = std::to_string(model.config.max_context);
-    throw input_error(
-        model.directory.string(),
-        (model.config.sliding_window ? "attention sees the last " + limit + " positions (sliding_window)"
-                                     : "the context has " + limit + " positions") +
-            ", " + std::to_string(asked) + " are asked for; " + remedy + " (-c " + limit + ", or less to write: -n)");
-  };
   options.max_positions = static_cast<std::int32_t>((std::max)(std::int64_t{options.max_positions}, positions));
-  refuse_past(*target, options.max_positions, "give no more");
-  // Not before its last round needs it: a decoder takes a draft for the whole context.
-  if (draft && options.draft_length > 0) {
-    refuse_past(*draft, options.max_positions, "the draft reaches no further; give no more, or --draft 0");
-  }
+  require_context(options.max_positions, *target);  // a draft of a shorter one drafts as far as it reaches
   if (on_device) return;
   options.max_positions = static_cast<std::int32_t>(positions);
   require_memory(
@@ -71,12 +72,6 @@ void check_refresh(std::int32_t refresh_every, std::int32_t draft_length) {
 }
 
 namespace {
-
-void check_context(std::int32_t positions, const loaded_model& target) {
-  if (positions <= target.config.max_context) return;
-  throw input_error("-c,--ctx-size " + std::to_string(positions) + ": the context of " + target.directory.string() +
-                    " has " + std::to_string(target.config.max_context) + " positions");
-}
 
 bool is_cuda(const std::string& device) {
   if (device != "cpu" && device != "cuda") throw input_error("device '" + device + "' is none of cpu, cuda");
@@ -114,7 +109,7 @@ session open_session(const session_options& options) {
   load_models(made, options);
   made.decode = options.decode;
   if (!made.draft) made.decode.draft_length = 0;
-  check_context(made.decode.max_positions, *made.target);
+  require_context(made.decode.max_positions, *made.target);
   check_refresh(made.decode.refresh_every, made.decode.draft_length);
 
   std::optional<specattn::alignment> alignment;
