@@ -5,6 +5,7 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <optional>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "decode_faults.hpp"
+#include "decode_option_draw.hpp"
 #include "decode_problem.hpp"
 
 namespace decode_testing {
@@ -136,6 +138,33 @@ TEST_CASE("decode: whatever throws once, wherever, the texts are what they would
     }
     CHECK(tried >= 50 / decode_fixture::fault_stride);
   }
+}
+
+TEST_CASE("decode: under options in random combinations, too") {
+  decode_fixture f;
+  int struck = 0;
+  for (std::uint32_t seed = 0; seed < 40; ++seed) {
+    option_draw draw(seed);
+    failure_setting setting{"random", draw.options(), draw.chance(4) ? 0.0f : 1.0f, draw.chance(2), true};
+    setting.options.max_sequences = (std::max)(setting.options.max_sequences, 2);
+    setting.options.refresh_every = (std::min)(setting.options.refresh_every, 2);
+    CAPTURE(seed);
+    const std::string what = describe(setting.options);
+    CAPTURE(what);
+    fault_plan none;
+    std::vector<text_of_row> wanted;
+    with_decoder(f, none, setting, [&](auto& decoder) { wanted = decode_with_faults(decoder, none, setting); });
+    for (int i = 0; i < 6; ++i) {
+      fault_plan plan{.at = draw.number(0, static_cast<std::int32_t>(none.seen) - 1)};
+      CAPTURE(plan.at);
+      with_decoder(f, plan, setting, [&](auto& decoder) {
+        const bool same = decode_with_faults(decoder, plan, setting) == wanted;
+        CHECK(same);
+      });
+      struck += plan.struck() ? 1 : 0;  // adaptive rounds are not as many each time
+    }
+  }
+  CHECK(struck > 200);
 }
 
 TEST_CASE("decode: a round that is given up leaves counts, lengths and lists as they were") {
