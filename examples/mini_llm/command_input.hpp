@@ -26,7 +26,7 @@ std::vector<token_text> read_texts(const std::vector<std::filesystem::path>& fil
                                    std::int32_t limit, std::int32_t least);
 
 /// Numbers separated by commas.
-/// \throws CLI::ValidationError naming the flag and the part that is no number in [low, high]
+/// \throws input_error naming the flag and the part that is no number in [low, high]
 std::vector<double> parse_numbers(const std::string& list, const char* flag, double low, double high);
 std::vector<std::int32_t> parse_integers(const std::string& list, const char* flag, std::int32_t low,
                                          std::int32_t high);

@@ -4,6 +4,7 @@
 #include <system_error>
 
 #include "command_input.hpp"
+#include "input_error.hpp"
 #include "json_document.hpp"
 
 namespace mini_llm {
@@ -20,7 +21,9 @@ std::optional<Number> parse(std::string_view text) {
 std::string shown(double value) { return print("%.9g", value); }
 
 [[noreturn]] void refuse(const std::string& names, std::string_view text, const std::string& expected) {
-  throw CLI::ValidationError(names, in_quotes(text) + " is no " + expected);
+  std::string quoted = in_quotes(text);  // cut short, and free of what would break the line
+  quoted.front() = quoted.back() = '\'';
+  throw input_error(names, quoted + " is no " + expected);
 }
 
 template <class Number>
@@ -89,7 +92,7 @@ void refuse_empty_values(CLI::App& command, const CLI::Option* except) {
     if (option == except || option->get_items_expected_max() == 0) continue;
     const std::string names = option->get_name(false, true);
     option->check([names](const std::string& value) {
-      if (value.empty()) throw CLI::ValidationError(names, "the value is empty (a variable that is not set?)");
+      if (value.empty()) throw input_error(names, "the value is empty (a variable that is not set?)");
       return std::string();
     });
   }

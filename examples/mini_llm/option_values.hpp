@@ -16,7 +16,7 @@ inline constexpr std::int32_t any_count = std::numeric_limits<std::int32_t>::max
 
 /// A number in decimal digits ("010" is ten), whole and from `low` to `high`.
 /// \param names of the option it was given to, as CLI11 lists them ("-t,--threads")
-/// \throws CLI::ValidationError naming the option, the value and the range
+/// \throws input_error naming the option, the value and the range
 std::int32_t read_integer(const std::string& names, std::string_view text, std::int32_t low, std::int32_t high);
 double read_number(const std::string& names, std::string_view text, double low, double high);
 
