@@ -24,7 +24,7 @@ struct session_options {
   std::string guide;  ///< empty: draft where there are a draft and an alignment, else none
   std::string kv = "f16";
   std::string device = "cpu";  ///< or cuda
-  std::int32_t threads = 0;    ///< 0: specattn::allowed_processors()
+  std::int32_t threads = 0;    ///< 0: specattn::usable_cpus()
   specattn::selection_rule rule{.rows = specattn::combine::mean};
   specattn::decode_options decode;
   std::int32_t window = 512;
