@@ -29,7 +29,7 @@ void write_rows(const char* book, const char* out, const std::filesystem::path& 
   mini_llm::loaded_model loaded = mini_llm::load_model(folder);
   const specattn::model_shape& shape = loaded.model->shape();
   const std::int32_t total = (std::min)(4096, shape.max_positions);
-  const auto tokens = mini_llm::read_texts({book}, loaded.words, total, total).front().tokens;
+  const auto tokens = mini_llm::read_texts({book}, loaded, total, total).front().tokens;
   specattn::context<specattn::cpu> ctx;
   cached_attention<float> attention(ctx, shape, total);
   const std::int32_t prefix = total - slots;
