@@ -46,7 +46,8 @@ void add_session_flags(CLI::App& command, session_options& o) {
   add_pair_flags(command, o);
   add_alignment_flag(command, o);
   command.add_option("--guide", o.guide, "none (exact), draft, paper, window, quest or oracle");
-  add_integer(command, "-c,--ctx-size", o.decode.max_positions, 0, any_count, "positions; 0: what the prompt and -n can fill");
+  add_integer(command, "-c,--ctx-size", o.decode.max_positions, 0, any_count,
+              "positions; 0: what the prompt and -n can fill");
   add_integer(command, "--draft,--draft-max", o.decode.draft_length, 0, specattn::max_draft_length,
               "tokens drafted a round, at most with --adaptive; 0: plain decoding");
   command.add_flag("--adaptive", o.decode.adaptive,
