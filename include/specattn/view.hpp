@@ -48,8 +48,8 @@ class view {
   /// A view of mutable elements is also a view of constant ones.
   template <class U>
     requires(std::is_same_v<const U, T> && !std::is_same_v<U, T>)
-  [[gnu::always_inline]] SPECATTN_HD view(
-      const view<U, Rank, B>& other)  // NOLINT(google-explicit-constructor): as with pointers
+  // NOLINTNEXTLINE(google-explicit-constructor): as with pointers
+  [[gnu::always_inline]] SPECATTN_HD view(const view<U, Rank, B>& other)
       : data_(other.data()), extents_(other.extents()), strides_(other.strides()) {}
 
   [[gnu::always_inline]] SPECATTN_HD T* data() const { return data_; }

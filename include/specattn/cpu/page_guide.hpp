@@ -113,9 +113,11 @@ class page_guide<cpu> : public remembering_guide<page_guide<cpu>, page_memory> {
     const std::int32_t full = round.kv_lens[static_cast<std::size_t>(s)] / page_size_;
     const std::ptrdiff_t slot = slot_of(round, layer, s, h, m);
     const std::int32_t row = round.cache_rows[static_cast<std::size_t>(s)];
-    auto& [done, generation] = m.made[static_cast<std::size_t>(slot)];
-    done = (std::min)(done, round.target_cache->unchanged_since(row, generation) / page_size_);
-    generation = round.target_cache->generation(row);
+    page_memory::made_boxes& made = m.made[static_cast<std::size_t>(slot)];
+    std::int32_t done = made.pages;
+    done = (std::min)(done, round.target_cache->unchanged_since(row, made.generation) / page_size_);
+    made.generation = round.target_cache->generation(row);
+    made.pages = (std::max)(done, full);
     const kv_view<T, cpu> kv = round.target_cache->layer(layer);
     for (; done < full; ++done) {
       float* low = box(slot, done, m);
