@@ -54,12 +54,12 @@ void* operator new(std::size_t size) {
   return memory;
 }
 
-void operator delete(void* memory) noexcept {
+__attribute__((noinline)) void operator delete(void* memory) noexcept {
   if (memory != nullptr) allocated_now -= malloc_usable_size(memory);
   std::free(memory);
 }
 
-void operator delete(void* memory, std::size_t) noexcept { operator delete(memory); }
+__attribute__((noinline)) void operator delete(void* memory, std::size_t) noexcept { operator delete(memory); }
 
 namespace {
 
