@@ -49,7 +49,6 @@ class call_guard {
 /// The tokens that a round emitted, for on_tokens: called once for each sequence when the whole round is taken over.
 class token_delivery {
  public:
-  token_delivery() = default;
   explicit token_delivery(std::int32_t sequences) { emissions_.reserve(static_cast<std::size_t>(sequences)); }
 
   void clear() { emissions_.clear(); }

@@ -53,7 +53,6 @@ struct round_plan {
 /// Whose turn it is to record, and whose to reuse what a round before has selected (decode_options::record_every).
 class recording_turns {
  public:
-  recording_turns() = default;
   explicit recording_turns(std::int32_t sequences) { rows_.reserve(static_cast<std::size_t>(sequences)); }
 
   /// Some sequence is not the one it was: the next round records, and no list is of use to it.
@@ -94,7 +93,6 @@ class recording_turns {
 /// Makes plans: as the options say, or, where they are adaptive, as the rounds before suggest.
 class round_policy {
  public:
-  round_policy() = default;
   /// \param guided        there is a guide, so that rounds may be sparse
   /// \param even_drafts   a row with little room shortens the others' drafts
   round_policy(const decode_options& options, const decode_sizes& sizes, const guide_needs& needs, bool guided,

@@ -30,9 +30,8 @@ class round_engine<T, Target, Draft, Guide, cpu> {
       : ctx_(&ctx),
         guide_(guide),
         options_(options),
-        vocab_(target.shape().vocab),
         verifier_(ctx, target, options, sizes, guide_.needs()),
-        batch_(sizes, vocab_) {
+        batch_(sizes, target.shape().vocab) {
     if (options.draft_length > 0) drafter_.emplace(ctx, draft, options, sizes, guide_.needs().draft_weights);
     (*guide_).prepare({target.shape(), options.draft_length > 0 ? draft.shape() : model_shape{}, sizes.sequences,
                        sizes.positions, sizes.verify_slots, sizes.recorded_rows});
@@ -120,7 +119,6 @@ class round_engine<T, Target, Draft, Guide, cpu> {
   context<cpu>* ctx_;
   held_guide<Guide> guide_;
   decode_options options_;
-  std::int32_t vocab_;
   verifier<T, Target, cpu> verifier_;
   std::optional<drafter<T, Draft, cpu>> drafter_;
   round_batch batch_;

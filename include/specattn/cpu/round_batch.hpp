@@ -64,7 +64,6 @@ struct pass_arrays {
 
 /// Who takes part in a round, in batch order, and what was drafted for them.
 struct round_batch {
-  round_batch() = default;
   round_batch(const decode_sizes& sizes, std::int32_t vocab)
       : rows(static_cast<std::size_t>(sizes.sequences)),
         draft_lengths(static_cast<std::size_t>(sizes.sequences)),
