@@ -6,20 +6,11 @@
 #include <string>
 #include <vector>
 
-#include "cuda_fixture.cuh"
-#include "decode_problem.hpp"
+#include "decode_device.cuh"
 #include "specattn/specattn.hpp"
-#include "toy_model.cuh"
 
-struct decode_fixture {
-  using backend = specattn::cuda;
+struct decode_fixture : decode_device {
   static constexpr std::int64_t fault_stride = 7;  // every run captures its rounds anew
-  cuda_fixture device;
-  specattn::context<specattn::cuda>& ctx = device.context();
-  toy::model host_target{7, decode_testing::target_shape};
-  toy::model host_draft{7, decode_testing::draft_shape, 0.15f};
-  toy::device_model target{host_target};
-  toy::device_model draft{host_draft};
 };
 
 #include "decode_failure_cases.hpp"

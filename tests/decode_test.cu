@@ -3,20 +3,10 @@
 
 #include <limits>
 
-#include "cuda_fixture.cuh"
-#include "decode_problem.hpp"
+#include "decode_device.cuh"
 #include "specattn/specattn.hpp"
-#include "toy_model.cuh"
 
-struct decode_fixture {
-  using backend = specattn::cuda;
-  cuda_fixture device;
-  specattn::context<specattn::cuda>& ctx = device.context();
-  toy::model host_target{7, decode_testing::target_shape};
-  toy::model host_draft{7, decode_testing::draft_shape, 0.15f};
-  toy::device_model target{host_target};
-  toy::device_model draft{host_draft};
-};
+using decode_fixture = decode_device;
 
 #include "decode_cases.hpp"
 
