@@ -9,6 +9,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic push  // g++ 12 on Eigen's AVX-512 intrinsics, as on ours (lanes.hpp)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"  // what they say under a sanitizer
 #endif
 #include <Eigen/Core>
 #if defined(__GNUC__) && !defined(__clang__)
