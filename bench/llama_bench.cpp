@@ -2,7 +2,7 @@
 // does nothing there, so that is embedding, norms, products, rotary embedding and the LM head (256 rows: a prefill chunk,
 // no logits). The share is that of the multiply-adds which the same threads do on registers alone, measured in the same
 // run. Then whole decode and verify passes with dense attention, behind 0 and 3840 positions.
-#include "llama.hpp"
+#include "model/llama.hpp"
 
 #include <algorithm>
 #include <cstdio>

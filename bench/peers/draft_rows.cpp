@@ -7,10 +7,10 @@
 #include <fstream>
 #include <vector>
 
-#include "command_input.hpp"
-#include "llama.hpp"
-#include "loaded_model.hpp"
+#include "commands/command_input.hpp"
 #include "mini_llm/cached_attention.hpp"
+#include "model/llama.hpp"
+#include "model/loaded_model.hpp"
 
 namespace {
 

@@ -8,8 +8,8 @@
 #include <string>
 #include <vector>
 
-#include "commands.hpp"
-#include "option_values.hpp"
+#include "commands/commands.hpp"
+#include "commands/option_values.hpp"
 #include "specattn/config.hpp"
 
 int main(int argc, char** argv) {

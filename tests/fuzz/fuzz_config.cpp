@@ -6,7 +6,7 @@
 #include <string_view>
 
 #include "input_error.hpp"
-#include "model_config.hpp"
+#include "model/model_config.hpp"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   const std::string_view text(reinterpret_cast<const char*>(data), size);

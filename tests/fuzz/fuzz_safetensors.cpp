@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "input_error.hpp"
-#include "model_files.hpp"
-#include "safetensors.hpp"
+#include "model/model_files.hpp"
+#include "model/safetensors.hpp"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   const std::span<const std::byte> bytes = std::as_bytes(std::span(data, size));

@@ -7,8 +7,8 @@
 #include <string_view>
 
 #include "input_error.hpp"
-#include "stream_decoder.hpp"
-#include "tokenizer.hpp"
+#include "text/stream_decoder.hpp"
+#include "text/tokenizer.hpp"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
   std::string_view rest(reinterpret_cast<const char*>(data), size);

@@ -189,7 +189,7 @@ def functions_are_short(files):
 
 @rule(
     catches=[{"examples/mini_llm/string_utils.hpp": ""}, {"tests/helpers.hpp": ""}, {"include/specattn/common.hpp": ""}],
-    passes=[{"examples/mini_llm/utf8.hpp": ""}, {"bench/harness.hpp": ""}],
+    passes=[{"examples/mini_llm/text/utf8.hpp": ""}, {"bench/harness.hpp": ""}],
 )
 def files_are_named_after_what_they_hold(files):
     for path in files:

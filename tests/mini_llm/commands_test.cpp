@@ -8,14 +8,14 @@
 #include <string>
 #include <vector>
 
-#include "bench.hpp"
-#include "calibrate.hpp"
-#include "calibrate_report.hpp"
+#include "commands/bench.hpp"
+#include "commands/calibrate.hpp"
+#include "commands/calibrate_report.hpp"
+#include "commands/perplexity.hpp"
+#include "commands/perplexity_report.hpp"
+#include "commands/svg.hpp"
 #include "golden.hpp"
 #include "input_error.hpp"
-#include "perplexity.hpp"
-#include "perplexity_report.hpp"
-#include "svg.hpp"
 
 namespace {
 

@@ -8,10 +8,10 @@
 #include <string>
 #include <vector>
 
-#include "engine.hpp"
+#include "commands/session.hpp"
 #include "golden.hpp"
 #include "input_error.hpp"
-#include "session.hpp"
+#include "model/engine.hpp"
 #include "specattn/error.hpp"
 
 namespace {

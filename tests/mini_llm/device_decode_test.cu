@@ -11,10 +11,10 @@
 #include <vector>
 
 #include "cached_attention.hpp"
-#include "engine.hpp"
+#include "commands/session.hpp"
 #include "golden.hpp"
 #include "input_error.hpp"
-#include "session.hpp"
+#include "model/engine.hpp"
 #include "specattn/error.hpp"
 
 namespace {

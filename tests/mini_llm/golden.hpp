@@ -8,9 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "llama.hpp"
-#include "model_files.hpp"
-#include "safetensors.hpp"
+#include "model/llama.hpp"
+#include "model/model_files.hpp"
+#include "model/safetensors.hpp"
 
 inline std::filesystem::path source_path(const std::string& below) {
   return std::filesystem::path(SPECATTN_SOURCE_DIR) / below;

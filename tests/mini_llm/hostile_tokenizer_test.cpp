@@ -14,10 +14,10 @@
 #include "damaged_input.hpp"
 #include "input_error.hpp"
 #include "json_document.hpp"
-#include "model_config.hpp"
-#include "split_pattern.hpp"
-#include "token_finder.hpp"
-#include "tokenizer.hpp"
+#include "model/model_config.hpp"
+#include "text/split_pattern.hpp"
+#include "text/token_finder.hpp"
+#include "text/tokenizer.hpp"
 
 // What a tokenizer.json that was made for it can ask of the reader: memory and time stay bounded, and what is refused
 // is refused with the value and the limit. The limits are far from what real files have; see tokenizer_test.cpp.

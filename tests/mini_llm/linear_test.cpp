@@ -1,5 +1,5 @@
 // Packed weights and their product, beside a product in double precision.
-#include "linear.hpp"
+#include "model/linear.hpp"
 
 #include <doctest/doctest.h>
 

@@ -10,7 +10,7 @@
 
 #include "cached_attention.hpp"
 #include "golden.hpp"
-#include "llama.hpp"
+#include "model/llama.hpp"
 #include "specattn/alignment.hpp"
 #include "specattn/cpu/alignment.hpp"
 

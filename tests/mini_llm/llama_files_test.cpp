@@ -12,9 +12,9 @@
 #include <string>
 #include <vector>
 
-#include "engine.hpp"
 #include "golden.hpp"
 #include "input_error.hpp"
+#include "model/engine.hpp"
 #include "plain_attention.hpp"
 #include "specattn/scalar.hpp"
 

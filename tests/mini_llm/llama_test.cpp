@@ -1,5 +1,5 @@
 // The Llama model against golden values computed in float64 by an independent implementation.
-#include "llama.hpp"
+#include "model/llama.hpp"
 
 #include <doctest/doctest.h>
 

@@ -1,5 +1,5 @@
 // What is taken for the memory that can be had: files of /proc and /sys as systems write them.
-#include "memory_limit.hpp"
+#include "model/memory_limit.hpp"
 
 #include <doctest/doctest.h>
 

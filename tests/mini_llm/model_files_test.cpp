@@ -1,4 +1,4 @@
-#include "model_files.hpp"
+#include "model/model_files.hpp"
 
 #include <doctest/doctest.h>
 

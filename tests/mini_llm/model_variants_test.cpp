@@ -12,11 +12,11 @@
 #include <string>
 #include <vector>
 
+#include "commands/perplexity.hpp"
+#include "commands/session.hpp"
 #include "damaged_input.hpp"
-#include "engine.hpp"
 #include "input_error.hpp"
-#include "perplexity.hpp"
-#include "session.hpp"
+#include "model/engine.hpp"
 
 namespace {
 

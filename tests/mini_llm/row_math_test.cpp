@@ -1,5 +1,5 @@
 // Norm, activation and rotary embedding beside double precision.
-#include "row_math.hpp"
+#include "model/row_math.hpp"
 
 #include <doctest/doctest.h>
 

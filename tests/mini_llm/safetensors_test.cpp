@@ -1,4 +1,4 @@
-#include "safetensors.hpp"
+#include "model/safetensors.hpp"
 
 #include <doctest/doctest.h>
 

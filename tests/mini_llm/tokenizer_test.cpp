@@ -9,9 +9,9 @@
 
 #include "damaged_input.hpp"
 #include "input_error.hpp"
-#include "stream_decoder.hpp"
-#include "tokenizer.hpp"
-#include "utf8.hpp"
+#include "text/stream_decoder.hpp"
+#include "text/tokenizer.hpp"
+#include "text/utf8.hpp"
 
 using namespace mini_llm;
 using ids = std::vector<std::int32_t>;

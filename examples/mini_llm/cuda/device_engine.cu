@@ -4,7 +4,7 @@
 #include <string>
 #include <utility>
 
-#include "../input_error.hpp"
+#include "input_error.hpp"
 #include "specattn/cuda.cuh"
 #include "specattn/cuda/decode.cuh"
 #include "specattn/cuda/draft_guide.cuh"

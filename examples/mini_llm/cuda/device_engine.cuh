@@ -3,8 +3,8 @@
 
 #include <memory>
 
-#include "../engine.hpp"
 #include "device_llama.cuh"
+#include "model/engine.hpp"
 #include "specattn/cuda/context.cuh"
 
 namespace mini_llm {

@@ -3,7 +3,7 @@
 #include <utility>
 #include <vector>
 
-#include "../row_math.hpp"
+#include "model/row_math.hpp"
 #include "specattn/error.hpp"
 
 namespace mini_llm {

@@ -5,10 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../model_config.hpp"
-#include "../model_files.hpp"
 #include "device_product.cuh"
 #include "device_weights.cuh"
+#include "model/model_config.hpp"
+#include "model/model_files.hpp"
 #include "row_kernels.cuh"
 #include "skinny_product.cuh"
 #include "specattn/buffer.hpp"

@@ -4,9 +4,9 @@
 #include <optional>
 #include <utility>
 
-#include "../input_error.hpp"
 #include "device_engine.cuh"
 #include "device_llama.cuh"
+#include "input_error.hpp"
 
 namespace mini_llm {
 namespace {

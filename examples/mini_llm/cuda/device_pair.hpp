@@ -5,8 +5,8 @@
 #include <memory>
 #include <string>
 
-#include "../engine.hpp"
-#include "../loaded_model.hpp"
+#include "model/engine.hpp"
+#include "model/loaded_model.hpp"
 #include "specattn/alignment.hpp"
 #include "specattn/decode_options.hpp"
 

@@ -8,8 +8,8 @@
 #include <span>
 #include <utility>
 
-#include "../unread_weights.hpp"
-#include "../weight_store.hpp"
+#include "model/unread_weights.hpp"
+#include "model/weight_store.hpp"
 #include "specattn/random.hpp"
 
 namespace mini_llm {

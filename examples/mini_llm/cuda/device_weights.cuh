@@ -6,8 +6,8 @@
 #include <string>
 #include <vector>
 
-#include "../model_config.hpp"
-#include "../model_files.hpp"
+#include "model/model_config.hpp"
+#include "model/model_files.hpp"
 #include "specattn/cuda/context.cuh"
 #include "specattn/scalar.hpp"
 

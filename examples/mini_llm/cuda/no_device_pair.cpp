@@ -1,7 +1,7 @@
 // What stands for device_pair.cu in a program that is built without CUDA. MINI_LLM_WITHOUT_DEVICE says why it is.
 #include "device_pair.hpp"
 
-#include "../input_error.hpp"
+#include "input_error.hpp"
 
 namespace mini_llm {
 

@@ -1,5 +1,5 @@
-// What a Llama model does to its rows outside its products, on the device: the arithmetic of ../row_math.hpp, fused so
-// that every product finds its rows in bf16. Each result depends on its own row alone.
+// What a Llama model does to its rows outside its products, on the device: the arithmetic of model/row_math.hpp, fused
+// so that every product finds its rows in bf16. Each result depends on its own row alone.
 #pragma once
 
 #include <cstdint>

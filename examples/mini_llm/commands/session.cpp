@@ -5,7 +5,7 @@
 
 #include "input_error.hpp"
 #include "mapped_file.hpp"
-#include "memory_limit.hpp"
+#include "model/memory_limit.hpp"
 #include "specattn/alignment_json.hpp"
 
 namespace mini_llm {

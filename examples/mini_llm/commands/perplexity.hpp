@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "command_input.hpp"
-#include "engine.hpp"
+#include "model/engine.hpp"
 #include "session.hpp"
 #include "specattn/decode_options.hpp"
 

@@ -9,7 +9,7 @@
 
 #include "llama.hpp"
 #include "model_config.hpp"
-#include "tokenizer.hpp"
+#include "text/tokenizer.hpp"
 
 namespace mini_llm {
 

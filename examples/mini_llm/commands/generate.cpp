@@ -11,12 +11,12 @@
 #include "commands.hpp"
 #include "compare.hpp"
 #include "input_error.hpp"
-#include "loaded_model.hpp"
+#include "model/loaded_model.hpp"
 #include "option_values.hpp"
 #include "report.hpp"
 #include "session.hpp"
 #include "session_flags.hpp"
-#include "stream_decoder.hpp"
+#include "text/stream_decoder.hpp"
 
 namespace mini_llm {
 namespace {

@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "cuda/device_pair.hpp"
-#include "engine.hpp"
-#include "loaded_model.hpp"
+#include "model/engine.hpp"
+#include "model/loaded_model.hpp"
 #include "specattn/cpu/context.hpp"
 #include "specattn/decode_options.hpp"
 
