@@ -9,6 +9,7 @@
 #include <sstream>
 
 #include "input_error.hpp"
+#include "specattn/cpu/usable_cpus.hpp"
 
 namespace mini_llm {
 namespace {
@@ -39,44 +40,20 @@ void tighten(memory_room& room, std::uint64_t bytes, std::string limit) {
   if (bytes < room.bytes) room = {bytes, std::move(limit)};
 }
 
-struct cgroup_files {
-  const char* most;
-  const char* used;
-  const char* droppable;
-};
-
-/// The group and those above it, up to where the hierarchy is mounted. A container sees its own group as the top.
-void tighten_by_groups(memory_room& room, const path& top, const path& group, const cgroup_files& names) {
-  for (path at = group.relative_path();; at = at.parent_path()) {
-    const path folder = at.empty() ? top : top / at;
-    const auto most = number_in(folder / names.most);
-    const auto used = number_in(folder / names.used);
-    if (most && used) {
-      const std::uint64_t droppable = number_behind(folder / "memory.stat", names.droppable).value_or(0);
-      const std::uint64_t held = *used - (std::min)(*used, droppable);
-      tighten(room, *most - (std::min)(*most, held),
-              "its cgroup leaves that (" + (folder / names.most).string() + ")");
-    }
-    if (at.empty()) return;
-  }
-}
-
+/// A container sees its own group as the top, and not those above it.
 void tighten_by_cgroups(memory_room& room, const path& root) {
-  const path mounted = root / "sys/fs/cgroup";
-  std::ifstream in(root / "proc/self/cgroup");
-  for (std::string line; std::getline(in, line);) {  // hierarchy:controllers:group
-    const std::size_t first = line.find(':');
-    const std::size_t second = line.find(':', first + 1);
-    if (first == line.npos || second == line.npos) continue;
-    const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
-    const path group = line.substr(second + 1);
-    if (controllers == ",,") {
-      tighten_by_groups(room, mounted, group, {"memory.max", "memory.current", "inactive_file"});
-    } else if (controllers.find(",memory,") != controllers.npos) {
-      tighten_by_groups(room, mounted / "memory", group,
-                        {"memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"});
-    }
-  }
+  const auto visit = [&](const path& group, int version) {
+    const path limit = group / (version == 2 ? "memory.max" : "memory.limit_in_bytes");
+    const auto most = number_in(limit);
+    const auto used = number_in(group / (version == 2 ? "memory.current" : "memory.usage_in_bytes"));
+    if (!most || !used) return;
+    const char* droppable = version == 2 ? "inactive_file" : "total_inactive_file";
+    const std::uint64_t spare = number_behind(group / "memory.stat", droppable).value_or(0);
+    const std::uint64_t held = *used - (std::min)(*used, spare);
+    tighten(room, *most - (std::min)(*most, held), "its cgroup leaves that (" + limit.string() + ")");
+  };
+  specattn::detail::for_each_group(specattn::detail::read_small_file((root / "proc/self/cgroup").string()),
+                                   (root / "sys/fs/cgroup").string(), "memory", visit);
 }
 
 std::string megabytes(std::uint64_t bytes) { return std::to_string(bytes >> 20) + " MiB"; }

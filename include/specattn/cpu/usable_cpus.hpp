@@ -46,16 +46,30 @@ inline double quota_of(std::string_view quota, std::string_view period) {
   return static_cast<double>(microseconds) / static_cast<double>(of);
 }
 
-/// The least quota of a group and those above it.
-/// \param quota_in reads the quota of the group whose directory is given
-template <class Quota>
-double least_quota(const std::string& mount, std::string path, Quota&& quota_in) {
-  double least = no_quota;
-  for (;;) {
-    least = (std::min)(least, quota_in(mount + path));
-    const std::size_t slash = path.find_last_of('/');
-    if (path.empty() || slash == std::string::npos) return least;
-    path.resize(slash);
+/// Visits the process's control group and each above it, up to the mount: version 2, and a controller's version 1.
+/// \param groups     /proc/self/cgroup's text: lines of hierarchy:controllers:group
+/// \param root       where the groups are mounted: /sys/fs/cgroup
+/// \param controller whose hierarchy of version 1 is meant: "cpu", "memory"
+/// \param visit      takes a group's directory and its version, 1 or 2
+template <class Visit>
+void for_each_group(std::string_view groups, const std::string& root, const std::string& controller, Visit&& visit) {
+  while (!groups.empty()) {
+    const std::string_view line = groups.substr(0, groups.find('\n'));
+    groups.remove_prefix((std::min)(line.size() + 1, groups.size()));
+    const std::size_t first = line.find(':'), second = line.find(':', first + 1);
+    if (first == std::string_view::npos || second == std::string_view::npos) continue;
+    const std::string controllers = ',' + std::string(line.substr(first + 1, second - first - 1)) + ',';
+    const int version = controllers == ",," ? 2 : 1;
+    if (version == 1 && controllers.find(',' + controller + ',') == std::string::npos) continue;
+    const std::string mount = version == 2 ? root : root + '/' + controller;
+    std::string path(line.substr(second + 1));
+    if (path == "/") path.clear();
+    for (;;) {
+      visit(mount + path, version);
+      const std::size_t slash = path.find_last_of('/');
+      if (slash == std::string::npos) break;
+      path.resize(slash);
+    }
   }
 }
 
@@ -64,28 +78,13 @@ double least_quota(const std::string& mount, std::string path, Quota&& quota_in)
 /// \param root   where the groups are mounted: /sys/fs/cgroup
 inline double cgroup_cpus(std::string_view groups, const std::string& root) {
   double least = no_quota;
-  while (!groups.empty()) {
-    const std::string_view line = groups.substr(0, groups.find('\n'));
-    groups.remove_prefix((std::min)(line.size() + 1, groups.size()));
-    const std::size_t first = line.find(':'), second = line.find(':', first + 1);
-    if (first == std::string_view::npos || second == std::string_view::npos) continue;
-    const std::string controllers = ',' + std::string(line.substr(first + 1, second - first - 1)) + ',';
-    std::string path(line.substr(second + 1));
-    if (path == "/") path.clear();
-    if (controllers == ",,") {
-      least = (std::min)(least, least_quota(root, path, [](const std::string& group) {
-                           const std::string text = read_small_file(group + "/cpu.max");
-                           std::string_view rest = text;
-                           const std::string_view quota = next_word(rest);
-                           return quota_of(quota, next_word(rest));
-                         }));
-    } else if (controllers.find(",cpu,") != std::string::npos) {
-      least = (std::min)(least, least_quota(root + "/cpu", path, [](const std::string& group) {
-                           const std::string quota = read_small_file(group + "/cpu.cfs_quota_us");
-                           return quota_of(quota, read_small_file(group + "/cpu.cfs_period_us"));
-                         }));
-    }
-  }
+  for_each_group(groups, root, "cpu", [&](const std::string& group, int version) {
+    std::string text = read_small_file(group + (version == 2 ? "/cpu.max" : "/cpu.cfs_quota_us"));
+    if (version == 1) text += ' ' + read_small_file(group + "/cpu.cfs_period_us");
+    std::string_view rest = text;
+    const std::string_view quota = next_word(rest);
+    least = (std::min)(least, quota_of(quota, next_word(rest)));
+  });
   return least;
 }
 
