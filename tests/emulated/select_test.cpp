@@ -7,9 +7,9 @@
 
 using select_fixture = cuda_fixture;
 
-#include "select_cases.hpp"
-#include "select_device_cases.hpp"
-#include "select_group_cases.hpp"
+#include "select/cases.hpp"
+#include "select/device_cases.hpp"
+#include "select/group_cases.hpp"
 
 namespace specattn::inline SPECATTN_CODE::detail {
 thread_local uint4 member_memory[4608];  // a CTA's dynamic shared memory: keys of its part of a row, or scores

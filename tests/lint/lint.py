@@ -209,7 +209,7 @@ def files_are_named_after_what_they_hold(files):
     passes=[
         {"include/specattn/cuda/launch.cuh": "cudaFuncSetAttribute(k, a, n); cudaLaunchKernelEx(&config, k, x);"},
         {"include/specattn/cuda/context.cuh": "cudaMemsetAsync(to, 0, bytes, stream); cudaMemcpyAsync(a, b, n, k, s);"},
-        {"tests/attend_test.cu": "cudaMemcpy(to, from, bytes, kind);"},
+        {"tests/attend/attend_test.cu": "cudaMemcpy(to, from, bytes, kind);"},
     ],
 )
 def launches_and_copies_disturb_no_other_thread(files):

@@ -1,8 +1,0 @@
-// mix_importance() on the CPU.
-#include "specattn/cpu/importance.hpp"
-
-#include "cpu_fixture.hpp"
-
-using importance_fixture = cpu_fixture;
-
-#include "importance_cases.hpp"
