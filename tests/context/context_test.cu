@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "cuda_fixture.cuh"
-#include "specattn/cuda/captured_graph.cuh"
-#include "specattn/cuda/draft_record.cuh"
+#include "specattn/cuda/device/graph.cuh"
 #include "specattn/cuda/importance.cuh"
+#include "specattn/cuda/round/record.cuh"
 #include "specattn/cuda/select.cuh"
 #include "specattn/cuda/verify.cuh"
 

@@ -7,7 +7,7 @@
 
 #include "decode/toy_model.hpp"
 #include "specattn/cuda/context.cuh"
-#include "specattn/cuda/launch.cuh"
+#include "specattn/cuda/device/launch.cuh"
 #include "specattn/model.hpp"
 
 namespace toy {

@@ -3,7 +3,7 @@
 
 #include <initializer_list>
 
-#include "specattn/cuda/importance_plan.cuh"
+#include "specattn/cuda/importance/plan.cuh"
 
 using namespace specattn::detail;
 

@@ -207,15 +207,15 @@ def files_are_named_after_what_they_hold(files):
         {"include/specattn/cuda/context.cuh": "cudaMemset(to, 0, bytes);"},
     ],
     passes=[
-        {"include/specattn/cuda/launch.cuh": "cudaFuncSetAttribute(k, a, n); cudaLaunchKernelEx(&config, k, x);"},
+        {"include/specattn/cuda/device/launch.cuh": "cudaFuncSetAttribute(k, a, n); cudaLaunchKernelEx(&config, k, x);"},
         {"include/specattn/cuda/context.cuh": "cudaMemsetAsync(to, 0, bytes, stream); cudaMemcpyAsync(a, b, n, k, s);"},
         {"tests/attend/attend_test.cu": "cudaMemcpy(to, from, bytes, kind);"},
     ],
 )
 def launches_and_copies_disturb_no_other_thread(files):
     launches = r"\bcudaLaunchKernel\w*|\bcudaFuncSetAttribute\b|<<<"
-    message = "'{}': launch by launch.cuh, which never lowers a limit that another thread relies on"
-    yield from matches(library(files), launches, message, ("include/specattn/cuda/launch.cuh",))
+    message = "'{}': launch by device/launch.cuh, which never lowers a limit that another thread relies on"
+    yield from matches(library(files), launches, message, ("include/specattn/cuda/device/launch.cuh",))
     message = "'{}' uses the legacy stream, which breaks another thread's capture"
     yield from matches(library(files), r"\bcuda(?:Memcpy|Memset)\s*\(", message)
 

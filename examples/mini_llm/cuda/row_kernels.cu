@@ -6,8 +6,8 @@
 #include <cstddef>
 #include <utility>
 
-#include "specattn/cuda/launch.cuh"
-#include "specattn/cuda/mma.cuh"
+#include "specattn/cuda/device/launch.cuh"
+#include "specattn/cuda/device/mma.cuh"
 
 namespace mini_llm {
 namespace {

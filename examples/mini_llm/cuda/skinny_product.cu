@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstddef>
 
-#include "specattn/cuda/mma.cuh"
+#include "specattn/cuda/device/mma.cuh"
 
 namespace mini_llm {
 namespace {

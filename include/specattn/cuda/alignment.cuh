@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "../alignment.hpp"
-#include "alignment_kernels.cuh"
+#include "alignment/kernels.cuh"
 #include "context.cuh"
 
 #include "../words_begin.hpp"

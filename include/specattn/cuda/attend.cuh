@@ -16,16 +16,16 @@
 #include <cstdint>
 
 #include "../attend.hpp"
-#include "attend_cut.cuh"
-#include "attend_gather.cuh"
-#include "attend_merge.cuh"
-#include "attend_plain_tile.cuh"
-#include "attend_plan.cuh"
-#include "attend_record.cuh"
-#include "attend_tensor_tile.cuh"
+#include "attend/cut.cuh"
+#include "attend/gather.cuh"
+#include "attend/merge.cuh"
+#include "attend/plain_tile.cuh"
+#include "attend/plan.cuh"
+#include "attend/record.cuh"
+#include "attend/tensor_tile.cuh"
 #include "context.cuh"
+#include "device/launch.cuh"
 #include "key_recording.cuh"
-#include "launch.cuh"
 
 #include "../words_begin.hpp"
 

@@ -1,7 +1,7 @@
 // context<cuda>: a stream and a workspace. buffer<T, cuda>: device memory. Every call to the runtime is checked here.
 #pragma once
 
-#include "requirements.cuh"  // first
+#include "device/requirements.cuh"  // first
 
 #include <cuda_runtime.h>
 

@@ -8,9 +8,9 @@
 
 #include "../draft_guide.hpp"
 #include "context.cuh"
+#include "device/launch.cuh"
 #include "guide.cuh"
 #include "importance.cuh"
-#include "launch.cuh"
 #include "select.cuh"
 
 #include "../words_begin.hpp"

@@ -13,13 +13,13 @@
 
 #include "../importance.hpp"
 #include "context.cuh"
-#include "importance_plan.cuh"
-#include "importance_product.cuh"
-#include "importance_rows.cuh"
-#include "importance_signals.cuh"
-#include "importance_stages.cuh"
-#include "importance_write.cuh"
-#include "launch.cuh"
+#include "device/launch.cuh"
+#include "importance/plan.cuh"
+#include "importance/product.cuh"
+#include "importance/rows.cuh"
+#include "importance/signals.cuh"
+#include "importance/stages.cuh"
+#include "importance/write.cuh"
 
 #include "../words_begin.hpp"
 

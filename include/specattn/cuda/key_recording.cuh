@@ -10,8 +10,8 @@
 
 #include "../key_recording.hpp"
 #include "context.cuh"
-#include "key_recording_tile.cuh"
-#include "launch.cuh"
+#include "device/launch.cuh"
+#include "recompute/steps_tile.cuh"
 
 namespace specattn::inline SPECATTN_CODE::detail {
 

@@ -10,8 +10,8 @@
 
 #include "../kv_cache.hpp"
 #include "context.cuh"
-#include "launch.cuh"
-#include "mma.cuh"
+#include "device/launch.cuh"
+#include "device/mma.cuh"
 
 namespace specattn::inline SPECATTN_CODE::detail {
 

@@ -10,7 +10,7 @@
 
 #include "../recompute.hpp"
 #include "context.cuh"
-#include "launch.cuh"
+#include "device/launch.cuh"
 
 #include "../words_begin.hpp"
 

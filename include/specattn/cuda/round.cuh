@@ -15,10 +15,10 @@
 
 #include "../decode.hpp"
 #include "draft_guide.cuh"
-#include "drafter.cuh"
 #include "guide.cuh"
-#include "round_exchange.cuh"
-#include "verifier.cuh"
+#include "round/drafter.cuh"
+#include "round/exchange.cuh"
+#include "round/verifier.cuh"
 
 namespace specattn::inline SPECATTN_CODE::detail {
 

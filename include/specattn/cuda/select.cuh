@@ -1,9 +1,9 @@
 // select() on the device: one launch, a cluster of CTAs for each group.
 //
 // A row is read once, kept in the cluster's shared memory, and chosen from by a sample; a union is such rows one after
-// the other: select_row.cuh. Rows combined in any other way, capped unions or those whose mass is asked for are read once
+// the other: select/resident.cuh. Rows combined in any other way, capped unions or those whose mass is asked for are read once
 // too, their scores kept in shared memory. Rows too long for that, pages and the paper's bisection are swept in memory:
-// select_group.cuh. All count masses in integers, so their lists are the CPU's to the bit. Kept positions become bits,
+// select/swept.cuh. All count masses in integers, so their lists are the CPU's to the bit. Kept positions become bits,
 // and lists by a scan over the words: ascending without a sort.
 //
 // After FlashInfer's and CUB's radix selections (their key and their one-read residency), with mass in place of counts.
@@ -16,10 +16,10 @@
 
 #include "../select.hpp"
 #include "context.cuh"
-#include "launch.cuh"
-#include "select_group.cuh"
-#include "select_plan.cuh"
-#include "select_row.cuh"
+#include "device/launch.cuh"
+#include "select/plan.cuh"
+#include "select/resident.cuh"
+#include "select/swept.cuh"
 
 namespace specattn::inline SPECATTN_CODE::detail {
 

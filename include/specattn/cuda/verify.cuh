@@ -12,9 +12,9 @@
 
 #include "../verify.hpp"
 #include "context.cuh"
-#include "launch.cuh"
-#include "sampling.cuh"
-#include "slots.cuh"
+#include "device/launch.cuh"
+#include "device/slots.cuh"
+#include "verify/sampling.cuh"
 
 #include "../words_begin.hpp"
 
