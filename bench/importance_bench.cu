@@ -191,7 +191,7 @@ void measure(const problem& p, specattn::context<device>& ctx, bench::device_clo
   std::vector<std::unique_ptr<inputs<T, U>>> data;
   for (int i = 0; i < sets; ++i)
     data.push_back(std::make_unique<inputs<T, U>>(p, 7u + static_cast<unsigned>(i), rows.data(), ctx.stream()));
-  specattn::importance<U, device> from;
+  specattn::weight_rows<U, device> from;
   from.weights = rows.shaped({p.groups(), 1, p.kv_len});
   auto out = lists.view();
   out.mass = {};
@@ -247,7 +247,7 @@ struct chosen {
     specattn::buffer<U, device> out(static_cast<std::size_t>(p.groups()) * static_cast<std::size_t>(p.kv_len));
     const inputs<float, U> in(p, 7u, out.data(), ctx.stream());
     specattn::selection<device> lists(p.groups(), p.kv_len);
-    specattn::importance<U, device> from;
+    specattn::weight_rows<U, device> from;
     from.weights = out.shaped({p.groups(), 1, p.kv_len});
     ctx.reserve_workspace(specattn::importance_workspace_bytes(ctx, mixture, p.steps, p.kv_len, p.batch));
     specattn::mix_importance(ctx, mixture, in.args);

@@ -118,7 +118,7 @@ struct setting {
   std::vector<float> values;
   specattn::buffer<T> weights;
   specattn::selection<cpu> kept;
-  specattn::importance<T> from;
+  specattn::weight_rows<T> from;
 };
 
 template <specattn::storage T>

@@ -38,7 +38,7 @@ struct device_rows {
     check(cudaGetLastError());
   }
   void select(specattn::context<device>& ctx, const cell& c, const specattn::selection_rule& rule) {
-    specattn::importance<T, device> from;
+    specattn::weight_rows<T, device> from;
     from.weights = weights.shaped({c.groups(), c.group_rows, c.length});
     auto out = lists.view();
     out.mass = {};
@@ -74,7 +74,7 @@ double validated(const device_rows<T>& got, const cell& c, checked_rows<T>& rows
   check(cudaMemcpy(counts.data(), lists.counts.data(), counts.size() * 4, cudaMemcpyDeviceToHost));
   specattn::context<specattn::cpu> ctx;
   specattn::selection<specattn::cpu> want(checked, c.length);
-  specattn::importance<T> from;
+  specattn::weight_rows<T> from;
   from.weights = {rows.weights.data(), {checked, c.group_rows, c.length}};
   ctx.reserve_workspace(specattn::select_workspace_bytes(ctx, checked, c.group_rows, c.length, rule));
   specattn::select(ctx, from, rule, want.view());

@@ -89,7 +89,7 @@ int main() {
   ctx.reserve_workspace(
       std::max(select_workspace_bytes(ctx, kv_heads, 1, kv_len, rule), attend_workspace_bytes(ctx, shape)));
   selection<cpu> kept(kv_heads, kv_len);
-  importance<float> from;
+  weight_rows<float> from;
   from.weights = view<const float, 3>(weights.data(), {kv_heads, 1, kv_len});
   select(ctx, from, rule, kept.view());
   std::printf("kept %d of %d positions, %.3f of the mass\n", kept.view().counts[0], kv_len,

@@ -74,7 +74,7 @@ int main() {
   specattn::selection_rule rule;
   rule.top_p = 0.9f;
   rule.sinks = rule.recent = 0;
-  specattn::importance<float, device> from;
+  specattn::weight_rows<float, device> from;
   from.weights = device_weights.shaped({rows, 1, longest});  // groups, rows of a group, positions; any strides
   from.kv_lens = device_lengths.shaped({rows});
   const specattn::selection<device> kept(rows, longest);

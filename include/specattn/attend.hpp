@@ -16,7 +16,7 @@
 
 namespace specattn::inline SPECATTN_CODE {
 
-/// Which slots leave their weights behind.
+/// Which slots record their weights.
 enum class record_slots {
   newest,  ///< the last slot of each sequence: recorded row = sequence of the batch
   all,     ///< every slot: recorded row = slot
@@ -24,7 +24,7 @@ enum class record_slots {
 
 /// Where attend() leaves softmax weights. Entry j of a row belongs to the j-th attended position: for dense
 /// attention position j itself; for guided attention the j-th of the kept list, then the tail. A row holds
-/// (kept or kv_len) + tail entries that sum to one over everything the slot attended to; what lies behind is left
+/// (kept or kv_len) + tail entries that sum to one over everything the slot attended to; what lies after it is left
 /// as it was.
 template <backend B = cpu>
 struct recording_view {

@@ -5,7 +5,6 @@
 #include <cstdint>
 
 #include "attend.hpp"
-#include "key_recording.hpp"
 #include "kv_cache.hpp"
 #include "rotary.hpp"
 #include "selection.hpp"
@@ -15,6 +14,15 @@
 
 namespace specattn::inline SPECATTN_CODE {
 
+/// The queries of a pass's slots, every layer, and the log-sum-exp of each over what it attended to.
+template <backend B = cpu>
+struct query_log {
+  view<float, 4, B> q;    ///< [layers, slots or more, q_heads, head_dim], rotated; empty: nothing is kept
+  view<float, 3, B> lse;  ///< [layers, slots or more, q_heads] natural log
+
+  bool empty() const { return q.empty(); }
+};
+
 /// A function to be called with a layer's queries before it attends, for guides that look at them.
 template <backend B = cpu>
 struct layer_hook {
@@ -22,8 +30,8 @@ struct layer_hook {
   void (*call)(void* object, std::int32_t layer, view<const float, 3, B> q) = nullptr;
 };
 
-/// Models layer_attention. Dense by default; `kept` makes it guided, `recording` makes it leave weights behind, a log what
-/// record_keys() makes them from.
+/// Models layer_attention. Dense by default; guide_by() makes it read listed positions only, record() stores its weights,
+/// keep_queries() stores what recompute_steps() needs.
 ///
 /// Groups of `kept` are (layer, sequence, kv head), layer slowest; recordings are [layer, row, q_head, position].
 template <storage T, backend B = cpu>
@@ -44,7 +52,7 @@ class attention_pass {
   void operator()(std::int32_t layer, view<const float, 3, B> q, view<const float, 3, B> k, view<const float, 3, B> v,
                   view<float, 3, B> out) {
     if (!log_.empty())  // incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
-      detail::key_recording_impl<B>::keep_queries(*ctx_, q, log_.q[layer]);
+      detail::attend_impl<B>::keep_queries(*ctx_, q, log_.q[layer]);
     cache_->append(*ctx_, layer, layout_, k, v);
     attend_to(layer, q, out, k.extent(0) > 0);
   }

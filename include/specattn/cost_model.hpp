@@ -204,7 +204,7 @@ class round_planner {
       const double steps = static_cast<double>(c.proposed) / static_cast<double>(c.rounds);
       draft_.observe({steps, static_cast<double>(c.proposed), static_cast<double>(c.draft_rows_read)},
                      trace.draft_seconds);
-      // Of the drafted tokens that were judged (those behind a rejected one were not), how many were accepted.
+      // Of the drafted tokens that were judged (those after a rejected one were not), how many were accepted.
       accepted_ = fade * accepted_ + static_cast<double>(c.accepted);
       judged_ = fade * judged_ + static_cast<double>(c.accepted + c.corrected);
       draft_read_ = fade * draft_read_ + static_cast<double>(c.draft_rows_read);

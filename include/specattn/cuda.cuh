@@ -11,9 +11,9 @@
 #include "cuda/decode.cuh"
 #include "cuda/draft_guide.cuh"
 #include "cuda/importance.cuh"
-#include "cuda/key_recording.cuh"
 #include "cuda/kv_cache.cuh"
 #include "cuda/recompute.cuh"
 #include "cuda/select.cuh"
 #include "cuda/verify.cuh"
+#include "renamed.hpp"
 #endif

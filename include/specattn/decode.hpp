@@ -47,7 +47,7 @@ struct round_result {
 ///   even_drafts                                     a row with little room shortens the others' drafts
 ///   prefill(row, text, to), prefill_draft(…)        caches a text up to position `to`, in one pass
 ///   forget(row), publish(cache)                     the row's text has ended; pages were taken outside a round
-///   run(plan, sequences)                            may throw; then only cached positions behind a text may have changed
+///   run(plan, sequences)                            may throw; then only cached positions after a text may have changed
 ///   settle(), result(s), drafts_lost(), trace()     of a round that stands
 ///   draft_failure(), note_draft_failure(thrown), target_cache(), draft_cache()
 /// incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
@@ -121,7 +121,7 @@ class decoder {
   }
 
   /// Starts a row over from the prompt it was admitted with, under another request (whose prompt is not read): what
-  /// came behind the prompt is rolled back, nothing is prefilled again.
+  /// came after the prompt is rolled back, nothing is prefilled again.
   void rewind(std::int32_t row, const decode_request& request) {
     const auto busy = calls_.enter("rewind()", true);
     sequences_.rewind(row, request);

@@ -24,9 +24,9 @@ struct decode_options {
   std::int32_t dense_layers = 0;   ///< the first target layers that always stay dense
   std::int32_t refresh_every = 0;  ///< every n rounds, rewrite the keys and values since the last exact one; 0: never
   std::int32_t record_steps = 0;   ///< draft steps whose weights guide the round; 0: all of them
-  /// Of so many rounds the first records the draft's weights and selects, of the target's positions and of a sparse
-  /// draft's. The others read what it kept and every position since. A round records anyway when the sequences are not
-  /// those of the round before, or when one of them was dense then.
+  /// Record the draft's weights and select, for the target and for a sparse draft, in one round of n; the other n - 1
+  /// reuse the lists, extended by the positions appended since. A round records anyway when its sequences are not those of
+  /// the round before, or when one of them was dense then.
   std::int32_t record_every = 1;
   /// Each round drafts 1 … draft_length tokens and verifies densely or sparsely, whichever the costs of the rounds
   /// before predict to be fastest (cost_model.hpp). With a sparse verify pass the text then depends on the clock.
@@ -63,7 +63,7 @@ struct decode_counts {
   std::int64_t corrected = 0;  ///< rounds that ended in a correction
   std::int64_t bonus = 0;      ///< rounds whose drafts were all accepted
   std::int64_t emitted = 0;
-  std::int64_t discarded = 0;      ///< decided tokens behind a stop or the limit
+  std::int64_t discarded = 0;      ///< decided tokens after a stop or the limit
   std::int64_t kv_rows_read = 0;   ///< rows (one position's K and V of one layer and kv head) the verify passes read
   std::int64_t kv_rows_dense = 0;  ///< rows that dense passes would have read
   std::int64_t draft_rows_read = 0;

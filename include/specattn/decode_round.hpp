@@ -40,7 +40,7 @@ inline decode_counts take_tokens(sequence_state& seq, std::span<const std::int32
   return counts;
 }
 
-/// Takes a round over for one sequence, whose pass evaluated `slots` slots behind `kv_len` cached positions; returns the
+/// Takes a round over for one sequence, whose pass evaluated `slots` slots after `kv_len` cached positions; returns the
 /// counts. Does not throw.
 inline decode_counts commit_round(sequence_state& seq, std::span<const std::int32_t> drafted, std::int32_t accepted,
                                   std::int32_t next, const decode_counts& rows, std::int32_t kv_len,

@@ -23,7 +23,7 @@ namespace detail {
 /// What a decoder keeps for a draft_guide: scratch of a round, and what the rounds before attended to.
 template <backend B>
 struct draft_guide_memory {
-  /// Where importance goes through memory, half of the bytes are half of the time.
+  /// fp16 on cuda: the pass is bound by memory bandwidth.
   using importance_type = std::conditional_t<std::same_as<B, cuda>, fp16, float>;
 
   std::int32_t max_sequences = 0;
@@ -150,7 +150,7 @@ class draft_guide : public detail::draft_guide_base<draft_guide<B>, B> {
     const view<float, 3, B> out(m.importance.data(),
                                 {std::ptrdiff_t{groups_} * sequences, m.max_rows, (std::max)(longest, 1)});
     for (std::int32_t s = 0; s < sequences; ++s) weigh(ctx, round, s, out, m);
-    importance<float, B> from;
+    weight_rows<float, B> from;
     from.weights = out;
     from.kv_lens = m.lengths.shaped({std::ptrdiff_t{groups_} * sequences});
     select(ctx, from, this->rule_for(m.max_rows), round.kept);

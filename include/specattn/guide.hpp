@@ -45,7 +45,7 @@ struct round_state {
   std::span<const std::int32_t> replayed;      ///< [sequences] leading slots that only rewrite known positions
   std::span<const std::int32_t> accepted;      ///< [sequences] valid in after_verify; -1: the round is void for it
   /// Recorded draft weights [steps, draft layers, sequences, q_heads, capacity]: entry j of a row is prefix position j.
-  /// A sparse draft leaves one step, the mean of its steps' rows as record_keys() makes them.
+  /// A sparse draft leaves one step, the mean of its steps' rows as recompute_steps() makes them.
   view<const float, 5, B> draft_weights;
   view<const float, 4, B> draft_masses;  ///< [steps, draft layers, sequences, q_heads] a row's sum over the prefix
   std::span<const std::int32_t> draft_steps;  ///< [sequences] recorded steps, the first ones; 0: did not draft

@@ -180,8 +180,9 @@ std::size_t importance_workspace_bytes(const context<B>& ctx, const resident_mix
   return detail::importance_impl<B>::workspace_bytes(ctx, mixture, steps, kv_len, sequences);
 }
 
-/// Writes the importance of every prefix position of each sequence for every group of the mixture; nothing behind a
-/// prefix's end is written, and nothing there counts. A group whose signals are all absent (no history yet) is scaled by what is there.
+/// Writes the importance of every prefix position of each sequence for every group of the mixture; reads and writes nothing
+/// after a prefix's end. An absent signal (no history yet) contributes nothing; the row is not rescaled, since select()
+/// relates mass to the row's own sum.
 ///
 /// Values are within importance_error<B> of themselves, and fp16's within half a unit of its last place more; those of
 /// twice importance_unit<fp16>'s reciprocal, which no alignment's are, would be cut off there.

@@ -140,7 +140,7 @@ class kv_cache {
     }
   }
 
-  /// Writes new rows of one layer behind the current length (at length(row) + at …) without changing it: every
+  /// Writes new rows of one layer after the current length (at length(row) + at …) without changing it: every
   /// layer of a pass appends, then advance() is called once. Takes pages as reserve() does where they are missing.
   /// \param k, v [count, kv_heads, head_dim] float, rounded to the storage type (nearest, ties to even), of fp8_e4m3
   ///               times 1 / the head's scale
@@ -151,7 +151,7 @@ class kv_cache {
     const std::int32_t first = place_for(ctx, row, k.extent(0), at);
     if (k.extent(0) > 0) detail::kv_cache_impl<B>::write(ctx, this->layer(layer), row, first, k, v);
   }
-  /// The same for a batch in one call, behind the layout's kv_lens: \p k and \p v hold the slots of all sequences.
+  /// The same for a batch in one call, after the layout's kv_lens: \p k and \p v hold the slots of all sequences.
   /// cuda: one launch that reads the layout on the device, so that a captured graph follows it. There the pages must be
   /// reserved and published, rows of k and v beyond the last offset are left out, and a place outside the cache is not
   /// detected.
@@ -219,7 +219,7 @@ class kv_cache {
     r.next_position += count;
   }
 
-  /// Drops the newest positions: length becomes `length`, and the pages behind it return to the pool. Pages that
+  /// Drops the newest positions: length becomes `length`, and the pages after it return to the pool. Pages that
   /// were reserved beyond the length return too.
   /// \throws contract_error for a length that is negative, above the current one, or inside what keep() compacted
   ///         (there, positions of the text are no longer adjacent): clear() the row instead
@@ -240,7 +240,7 @@ class kv_cache {
   }
 
   /// Index-based pruning: compacts the row to `positions` (strictly ascending, < length), in every layer and kv
-  /// head alike, and frees the pages behind. Keys keep the rotation of their original position.
+  /// head alike, and frees the pages after them. Keys keep the rotation of their original position.
   /// \sync cuda: queued on the context's stream; the lists are copied here and may go when the call returns
   void keep(context<B>& ctx, std::int32_t row, std::span<const std::int32_t> positions) {
     const std::ptrdiff_t lists = static_cast<std::ptrdiff_t>(shape_.layers) * shape_.kv_heads;
@@ -329,7 +329,7 @@ class kv_cache {
         "kv_cache: append of ", layout.slot_offsets.extent(0), " slot_offsets, ", layout.sequences(), " kv_lens and ",
         layout.cache_rows.extent(0), " cache_rows");
   }
-  /// Checks that rows fit behind a sequence's length. Returns the pages that they need besides the row's own.
+  /// Checks that rows fit after a sequence's length. Returns the pages that they need besides the row's own.
   std::int32_t pages_for(std::int32_t row, std::ptrdiff_t rows, std::int32_t at) const {
     const row_state& r = checked(row, "append");
     detail::expects(at >= 0 && rows <= shape_.max_positions - r.length - (std::min)(at, shape_.max_positions),

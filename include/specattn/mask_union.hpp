@@ -33,7 +33,7 @@ inline constexpr std::int32_t union_slots = std::numeric_limits<std::uint32_t>::
 
 /// A slot's list as entries that ascend: of keep_all, the positions themselves.
 struct slot_list {
-  static constexpr std::int32_t end = (std::numeric_limits<std::int32_t>::max)();  ///< behind every position
+  static constexpr std::int32_t end = (std::numeric_limits<std::int32_t>::max)();  ///< after every position
 
   const std::int32_t* positions = nullptr;  ///< null: every position
   std::ptrdiff_t stride = 1;

@@ -30,7 +30,7 @@ struct forward_batch {
 };
 
 /// The same in device memory, read when the work runs: how many slots there are is fixed when a pass is captured in a
-/// graph, what they hold is not. Slots behind the pass's last sequence are padding (token 0 at position 0): they are
+/// graph, what they hold is not. Slots after the pass's last sequence are padding (token 0 at position 0): they are
 /// computed like the others and nobody looks at them. A slot may be wanted more than once.
 template <>
 struct forward_batch<cuda> {

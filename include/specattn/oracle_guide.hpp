@@ -91,7 +91,7 @@ class oracle_guide : public remembering_guide<oracle_guide<B>, oracle_memory<B>>
     const std::int32_t slots = round.slot_offsets[at + 1] - first;
     const std::int32_t kv_len = round.kv_lens[at];
     const std::ptrdiff_t heads_a_group = weights.extent(1) / round.kv_heads;
-    importance<float, B> from;
+    weight_rows<float, B> from;
     from.weights = gather(weights, first, slots, heads_a_group, round.kv_heads, kv_len, m);
     std::fill_n(m.group_lens.data(), round.kv_heads, kv_len);
     from.kv_lens = m.group_lens.shaped({round.kv_heads});

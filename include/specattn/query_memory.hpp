@@ -1,4 +1,4 @@
-// What a draft's steps asked in a round, for record_keys().
+// Queries and log-sum-exps of a round's draft steps, from which recompute_steps() makes their weights.
 #pragma once
 
 #include <cstddef>
@@ -6,9 +6,9 @@
 
 #include "buffer.hpp"
 #include "decode_state.hpp"
-#include "key_recording.hpp"
 #include "kv_cache.hpp"
 #include "model.hpp"
+#include "recompute.hpp"
 #include "view.hpp"
 
 #include "words_begin.hpp"
@@ -39,9 +39,9 @@ class query_memory {
   /// The first `steps` steps over the draft's cache. Who asked, what is recorded, and over which prefixes, is left to the
   /// caller.
   template <storage T>
-  key_recording_args<T, B> asked(std::int32_t steps, std::int32_t sequences, const kv_cache<T, B>& cache) const {
+  recompute_steps_args<T, B> asked(std::int32_t steps, std::int32_t sequences, const kv_cache<T, B>& cache) const {
     const std::ptrdiff_t slots = 2 * sequences;
-    key_recording_args<T, B> args;
+    recompute_steps_args<T, B> args;
     args.q = q_.shaped({steps, shape_.layers, slots, shape_.q_heads, shape_.head_dim});
     args.lse = lse_.shaped({steps, shape_.layers, slots, shape_.q_heads});
     args.kv = cache.layer(0);

@@ -53,7 +53,7 @@ namespace specattn::inline SPECATTN_CODE {
 
 /// Weights to select from. Non-negative; they need not sum to one (mass is relative to the row's own sum).
 template <storage T, backend B = cpu>
-struct importance {
+struct weight_rows {
   static_assert(!scaled_storage<T>,
                 "weights have no scale that 8 bits could be multiples of: use float, bf16 or fp16");
   view<const T, 3, B> weights;             ///< [groups, rows, kv_len] any strides
@@ -67,7 +67,7 @@ template <backend B>
 struct select_impl;
 
 template <storage T, backend B>
-void check_select(const importance<T, B>& from, const selection_rule& rule, const selection_view<B>& out) {
+void check_select(const weight_rows<T, B>& from, const selection_rule& rule, const selection_view<B>& out) {
   const auto groups = from.weights.extent(0);
   expects(out.groups() == groups && out.positions.extent(0) == groups, "select: importance has ", groups,
           " groups, the selection ", out.groups(), " counts and ", out.positions.extent(0), " lists");
@@ -101,7 +101,7 @@ std::size_t select_workspace_bytes(const context<B>& ctx, std::ptrdiff_t groups,
 ///
 /// The set. Forced positions (sinks, recent) are kept whatever they weigh. Of the others, heaviest first and ties by
 /// smaller position, as few as make the kept mass reach top_p times the row's mass; forced positions count towards
-/// it. The mass is that over [0, kv_len) alone; nothing behind kv_len is read.
+/// it. The mass is that over [0, kv_len) alone; nothing after kv_len is read.
 ///   top_p <= 0     the forced positions          top_p >= 1   every position, zeros included
 ///   top_p is NaN   the forced positions, flagged selection_invalid_rule
 ///   no mass        the forced positions (unless top_p >= 1)
@@ -129,7 +129,7 @@ std::size_t select_workspace_bytes(const context<B>& ctx, std::ptrdiff_t groups,
 ///         thread's work
 /// \sync   cpu: done on return. cuda: queued on the context's stream
 template <storage T, backend B>
-void select(context<B>& ctx, const importance<T, B>& from, const selection_rule& rule, selection_view<B> out) {
+void select(context<B>& ctx, const weight_rows<T, B>& from, const selection_rule& rule, selection_view<B> out) {
   detail::check_select(from, rule, out);
   detail::select_impl<B>::run(ctx, from, rule,
                               out);  // incomplete? include <specattn/specattn.hpp> or <specattn/cuda.cuh>

@@ -24,7 +24,7 @@ enum selection_status : std::uint32_t {
 /// minimum context carry it, so that they travel in one batch with sparse ones.
 inline constexpr std::int32_t keep_all = -1;
 
-/// Entries behind a list are -1 up to a whole block of this many: a reader that takes entries in blocks of up to 64
+/// Entries after a list are -1 up to a whole block of this many: a reader that takes entries in blocks of up to 64
 /// from the start of the list meets no stale one.
 inline constexpr std::ptrdiff_t selection_block = 64;
 
@@ -36,7 +36,7 @@ SPECATTN_HD inline std::ptrdiff_t padded_count(std::ptrdiff_t count, std::ptrdif
 }
 
 /// Non-owning. Row g of `positions` holds counts(g) strictly ascending positions in [0, kv_len), then -1 up to
-/// padded_count(); behind that it is neither written nor to be read.
+/// padded_count(); past that it is neither written nor to be read.
 template <backend B = cpu>
 struct selection_view {
   view<std::int32_t, 2, B> positions;  ///< [groups, capacity]

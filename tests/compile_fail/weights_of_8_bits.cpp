@@ -2,7 +2,7 @@
 // expect: weights have no scale that 8 bits could be multiples of
 #include <specattn/select.hpp>
 
-specattn::importance<specattn::bf16> supported;
+specattn::weight_rows<specattn::bf16> supported;
 #ifdef MISUSE
-specattn::importance<specattn::fp8_e4m3> unsupported;
+specattn::weight_rows<specattn::fp8_e4m3> unsupported;
 #endif

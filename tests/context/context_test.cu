@@ -47,7 +47,7 @@ struct selector {
     return made;
   }
   void select(const specattn::selection_rule& rule = {.top_p = 0.9f}) {
-    specattn::importance<float, device> from;
+    specattn::weight_rows<float, device> from;
     from.weights = specattn::view<const float, 3, device>(weights.data(), {groups, 1, length});
     specattn::select(ctx, from, rule, kept.view());
   }

@@ -9,7 +9,7 @@
 template void specattn::attend<float, specattn::cpu>(specattn::context<specattn::cpu>&,
                                                      const specattn::attend_args<float>&);
 template void specattn::select<float, specattn::cpu>(specattn::context<specattn::cpu>&,
-                                                     const specattn::importance<float>&,
+                                                     const specattn::weight_rows<float>&,
                                                      const specattn::selection_rule&, specattn::selection_view<>);
 template void specattn::verify<specattn::cpu>(specattn::context<specattn::cpu>&, const specattn::verify_args<>&);
 template class specattn::kv_cache<specattn::bf16, specattn::cpu>;

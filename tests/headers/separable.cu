@@ -3,7 +3,7 @@
 #include <specattn/cuda.cuh>
 using namespace specattn;
 
-void keep(context<device>& ctx, const importance<float, device>& from, const attend_args<bf16, device>& args,
+void keep(context<device>& ctx, const weight_rows<float, device>& from, const attend_args<bf16, device>& args,
           selection_view<device> out) {
   select(ctx, from, {}, out);
   attend(ctx, args);

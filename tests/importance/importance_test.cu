@@ -85,7 +85,7 @@ TEST_CASE("importance on the device: a selection from it holds its share of the 
   resident_problem<cuda_fixture, specattn::bf16> resident(fixture, p);
   const std::vector<float> rows = resident.run(fixture);
   specattn::selection<specattn::cpu> lists(p.groups(), p.kv_len);
-  specattn::importance<float> from;
+  specattn::weight_rows<float> from;
   from.weights = {rows.data(), {p.groups(), 1, p.kv_len}, {p.capacity, p.capacity, 1}};
   specattn::selection_rule rule;
   rule.sinks = rule.recent = 0;

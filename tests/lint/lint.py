@@ -113,6 +113,32 @@ def includes_point_down(files):
 
 @rule(
     catches=[
+        {"include/specattn/cuda/round/verifier.cuh": '#include "../attend/plan.cuh"'},
+        {"include/specattn/cuda/draft_guide.cuh": '#include "select/plan.cuh"'},
+        {"include/specattn/cuda.cuh": "#include <specattn/cuda/select/plan.cuh>"},
+        {"include/specattn/cuda/device/launch.cuh": '#include "../select/plan.cuh"'},
+    ],
+    passes=[
+        {"include/specattn/cuda/round/verifier.cuh": '#include "../attend.cuh"\n#include "../device/launch.cuh"'},
+        {"include/specattn/cuda/attend.cuh": '#include "attend/plan.cuh"'},
+        {"include/specattn/cuda/attend/cut.cuh": '#include "plan.cuh"'},
+        {"tests/importance_plan_test.cpp": '#include "specattn/cuda/importance/plan.cuh"'},
+    ],
+)
+def houses_are_entered_by_their_faces(files):
+    """cuda/attend/ is entered through cuda/attend.cuh; cuda/device/ is open to all of cuda/."""
+    for path, text in library(files).items():
+        for line, how, name in includes(text):
+            target = resolve(path, how, name)
+            house = re.fullmatch(r"(include/specattn/cuda/(\w+))/.+", target or "")
+            if house is None or path.startswith(house[1] + "/") or path == house[1] + ".cuh":
+                continue
+            if house[2] != "device" or not path.startswith("include/specattn/cuda/"):
+                yield path, line, f"includes {name}: enter {house[2]}/ through its face, cuda/{house[2]}.cuh"
+
+
+@rule(
+    catches=[
         {"include/specattn/attend.hpp": '#include "cpu/attend.hpp"'},
         {"include/specattn/guide/draft.hpp": "#include <specattn/cuda/attend.cuh>"},
         {"include/specattn/cpu/attend.hpp": '#include "../cuda/attend.hpp"'},

@@ -259,7 +259,7 @@ TEST_CASE_TEMPLATE("select: mass and status may be left out, and no groups are n
   const auto counts = fixture.upload(std::vector<std::int32_t>(1, stale));
   out.positions = {positions.data(), {1, 3}};
   out.counts = {counts.data(), {1}};
-  specattn::importance<float, typename Fixture::backend> from;
+  specattn::weight_rows<float, typename Fixture::backend> from;
   from.weights = {weights.data(), {1, 1, 3}};
   auto& context = fixture.context();
   context.reserve_workspace(specattn::select_workspace_bytes(context, 1, 1, 3, bare(0.5f)));
@@ -313,7 +313,7 @@ TEST_CASE_TEMPLATE("select: outputs and lengths of another number of groups are 
   const auto ints = fixture.upload(std::vector<std::int32_t>(64));
   const auto floats = fixture.upload(std::vector<float>(64));
   using backend = typename Fixture::backend;
-  specattn::importance<float, backend> from;
+  specattn::weight_rows<float, backend> from;
   from.weights = {floats.data(), {2, 1, 8}};
   specattn::selection_view<backend> out;
   out.positions = {ints.data(), {2, 8}};

@@ -100,7 +100,7 @@ answer solve(Fixture& fixture, const problem<T>& p) {
   const auto mass = fixture.upload(std::vector<float>(groups, -1.0f));
   const auto status = fixture.upload(std::vector<std::uint32_t>(groups, 0x80000000u));
 
-  specattn::importance<T, backend> from;
+  specattn::weight_rows<T, backend> from;
   from.weights = {memory.data() + p.offset, {p.groups, p.rows, p.kv_len}, {p.strides[0], p.strides[1], p.strides[2]}};
   if (!p.kv_lens.empty()) from.kv_lens = {kv_lens.data(), {p.groups}};
   if (!p.top_p.empty()) from.top_p = {top_p.data(), {p.groups}};

@@ -60,7 +60,7 @@ TEST_CASE("select: a workspace that is too small is refused before anything is w
   specattn::context<specattn::cpu> context(1);
   specattn::buffer<float> weights(100);
   specattn::selection<specattn::cpu> out(1, 100);
-  specattn::importance<float> from;
+  specattn::weight_rows<float> from;
   from.weights = weights.shaped({1, 1, 100});
   out.view().counts[0] = 77;
   CHECK_THROWS_AS(specattn::select(context, from, specattn::selection_rule{}, out.view()), specattn::contract_error);
@@ -72,7 +72,7 @@ TEST_CASE("select: lists pass validate()") {
   cpu_fixture fixture;
   specattn::buffer<float> weights = fixture.upload(make_row(shape::softmax, 5000, random));
   specattn::selection<specattn::cpu> out(1, 5000);
-  specattn::importance<float> from;
+  specattn::weight_rows<float> from;
   from.weights = weights.shaped({1, 1, 5000});
   const specattn::selection_rule rule;
   fixture.context().reserve_workspace(specattn::select_workspace_bytes(fixture.context(), 1, 1, 5000, rule));

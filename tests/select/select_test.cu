@@ -88,12 +88,12 @@ TEST_CASE("select on the device: a captured graph follows lengths that change be
   const auto weights = fixture.upload(p.memory);
   const auto lengths = fixture.upload(std::vector<std::int32_t>(24, 1));
   specattn::selection<specattn::cuda> lists(24, 9000);
-  specattn::importance<float, specattn::cuda> from;
+  specattn::weight_rows<float, specattn::cuda> from;
   from.weights = weights.shaped({24, 1, 9000});
   from.kv_lens = lengths.shaped({24});
   const cuda_replay captured(fixture, [&] { specattn::select(fixture.context(), from, p.rule, lists.view()); });
   specattn::selection<specattn::cpu> want(24, 9000);
-  specattn::importance<float> host;
+  specattn::weight_rows<float> host;
   host.weights = {p.memory.data(), {24, 1, 9000}};
   cpu.reserve_workspace(specattn::select_workspace_bytes(cpu, 24, 1, 9000, p.rule));
   for (int replay = 0; replay < 100; ++replay) {
@@ -126,7 +126,7 @@ TEST_CASE("select on the device: two streams at once, 50 times, give the same li
   auto p = dense_problem<float>(64, 1, 20000, specattn::selection_rule{});
   fill_mixed(p, random);
   const auto weights = first.upload(p.memory);
-  specattn::importance<float, specattn::cuda> from;
+  specattn::weight_rows<float, specattn::cuda> from;
   from.weights = weights.shaped({64, 1, 20000});
   specattn::selection<specattn::cuda> here(64, 20000), there(64, 20000);
   const answer want = solve(first, p);
@@ -159,7 +159,7 @@ TEST_CASE("select on the device: rows times positions may pass 2^32") {
   const std::vector<bf16> last = {specattn::from_float<bf16>(1.0f), specattn::from_float<bf16>(3.0f)};
   cudaMemcpy(weights.data() + (groups - 1) * length + 99998, last.data(), 4, cudaMemcpyHostToDevice);
   specattn::selection<specattn::cuda> lists(groups, 64);
-  specattn::importance<bf16, specattn::cuda> from;
+  specattn::weight_rows<bf16, specattn::cuda> from;
   from.weights = weights.shaped({groups, 1, length});
   specattn::select(fixture.context(), from, bare(0.9f), lists.view());
   specattn::detail::check_cuda(cudaStreamSynchronize(fixture.stream()), "test");

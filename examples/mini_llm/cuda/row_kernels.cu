@@ -7,7 +7,7 @@
 #include <utility>
 
 #include "specattn/cuda/device/launch.cuh"
-#include "specattn/cuda/device/mma.cuh"
+#include "specattn/cuda/device/overlap.cuh"
 
 namespace mini_llm {
 namespace {

@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "specattn/cuda/device/copy.cuh"
 #include "specattn/cuda/device/mma.cuh"
+#include "specattn/cuda/device/overlap.cuh"
 
 namespace mini_llm {
 namespace {

@@ -19,7 +19,6 @@
 #include "attend_plan.hpp"
 #include "attend_tile.hpp"
 #include "context.hpp"
-#include "key_recording.hpp"
 
 #include "../words_begin.hpp"
 
@@ -165,7 +164,7 @@ class attend_pass {
     if (listed && from_list > 0)
       list = &a_.kept.positions(block.sequence * a_.kept_sequence_stride + block.kv_head, begin);
     const std::ptrdiff_t list_stride = listed ? a_.kept.positions.stride(1) : 0;
-    const std::int32_t tail = kv_len - block.kept;  // a virtual position behind the list is this much further on
+    const std::int32_t tail = kv_len - block.kept;  // a virtual position after the list is this much further on
     if (a_.kv.page_shift >= 31) {
       const std::ptrdiff_t base = a_.kv.offset(cache_row, 0, block.kv_head);
       const std::ptrdiff_t stride = a_.kv.position_stride;
@@ -180,7 +179,7 @@ class attend_pass {
     std::fill(offsets + n, offsets + tile_positions, offsets[n - 1]);
   }
 
-  /// Finds and fetches the first tile of a split; the tiles behind are fetched by the ones before.
+  /// Finds and prefetches the first tile of a split; each tile prefetches the next.
   template <class Kernel>
   void begin_at(const Kernel& kernel, const tile_scratch& tile, const row_block& block, std::int32_t split) const {
     const std::int32_t begin = split * split_positions;
@@ -190,7 +189,7 @@ class attend_pass {
   }
 
   /// One split of a block's positions into tile.states and tile.sums. tile.offsets must hold its first tile, and
-  /// holds the first of the next split behind it.
+  /// holds the first of the next split after it.
   template <class Kernel>
   void run_split(const Kernel& kernel, tile_scratch& tile, const row_block& block, std::int32_t split,
                  float* peaks) const {
@@ -314,6 +313,14 @@ struct attend_impl<cpu> {
   static void run(context<cpu>& ctx, const attend_args<T, cpu>& args) {
     if (args.q.extent(0) == 0) return;
     attend_pass<T>(ctx, args).run(ctx);
+  }
+
+  static void keep_queries(const context<cpu>&, const view<const float, 3, cpu>& q, const view<float, 3, cpu>& to) {
+    for (std::ptrdiff_t slot = 0; slot < q.extent(0); ++slot) {
+      for (std::ptrdiff_t head = 0; head < q.extent(1); ++head) {
+        for (std::ptrdiff_t d = 0; d < q.extent(2); ++d) to(slot, head, d) = q(slot, head, d);
+      }
+    }
   }
 };
 

@@ -1,4 +1,4 @@
-// The draft's half of a round: propose tokens, leave attention weights behind, keep the draft's cache in step.
+// The draft's half of a round: propose tokens, record attention weights, keep the draft's cache in step.
 #pragma once
 
 #include <algorithm>
@@ -62,7 +62,7 @@ class drafter {
       const std::ptrdiff_t groups = std::ptrdiff_t{shape_.layers} * sequences * shape_.kv_heads;
       const std::ptrdiff_t heads = shape_.q_heads / shape_.kv_heads;
       need = (std::max)({need, select_workspace_bytes(ctx, groups, heads, capacity_, options_.draft_rule),
-                         key_recording_workspace_bytes(ctx, groups * heads, capacity_)});
+                         recompute_steps_workspace_bytes(ctx, groups * heads, capacity_)});
     }
     return need;
   }
@@ -118,7 +118,7 @@ class drafter {
           group_lens_.data()[group(layer, s, h, batch.size)] = length;
       }
     }
-    importance<float, B> from;
+    weight_rows<float, B> from;
     from.weights = {weights_.data(), {groups, heads, longest}, {heads * capacity_, capacity_, 1}};
     from.kv_lens = group_lens_.shaped({groups});
     select(*ctx_, from, options_.draft_rule, lists_.of(batch.size));
@@ -240,20 +240,19 @@ class drafter {
       batch.draft_counts.data()[s].draft_rows_read +=  // keys alone: half of a row
           (std::int64_t{recorded_lens_.data()[s]} * shape_.layers * shape_.kv_heads + 1) / 2;
     }
-    key_recording_args<T, B> args = queries_.asked(steps, n, cache_);
+    recompute_steps_args<T, B> args = queries_.asked(steps, n, cache_);
     args.slot_of = slot_of_.shaped({steps, n});
     args.kv_lens = recorded_lens_.shaped({n});
     args.cache_rows = batch.rows.shaped({n});
     args.weights = {weights_.data(), {1, shape_.layers, n, shape_.q_heads, capacity_}};
     args.masses = {masses_.data(), {1, shape_.layers, n, shape_.q_heads}};
-    record_keys(*ctx_, args);
+    recompute_steps(*ctx_, args);
     make_masses_one(args);
     recorded_own_ = true;
   }
 
-  /// Heads whose lists kept less of their mass were weighed by more than they should (record_keys); they are to count
-  /// alike.
-  void make_masses_one(const key_recording_args<T, B>& recorded) const {
+  /// Renormalises the recorded rows: those of heads whose lists kept less mass came out larger (see recompute_steps()).
+  void make_masses_one(const recompute_steps_args<T, B>& recorded) const {
     const std::ptrdiff_t heads = shape_.q_heads, n = recorded.kv_lens.extent(0);
     ctx_->parallel_for(shape_.layers * n * heads, [&](std::ptrdiff_t i, int) {
       if (masses_.data()[i] <= 0.0f) return;

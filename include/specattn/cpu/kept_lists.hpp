@@ -1,4 +1,4 @@
-// A round's lists on the host, the target's or a sparse draft's, which rounds behind it may read again.
+// A round's lists on the host, the target's or a sparse draft's, which later rounds may reuse.
 #pragma once
 
 #include <algorithm>

@@ -14,7 +14,7 @@ inline constexpr int key_rows = 8;     ///< query rows at once
 inline constexpr int key_depth = 64;   ///< of head_dim at a time
 static_assert(key_depth % lanes::width == 0 && key_block == tile_positions);
 
-/// scores[r][i] += q[r] · (elements [d, d + key_depth) of keys[i]), zeros standing behind head_dim. Keys are converted
+/// scores[r][i] += q[r] · (elements [d, d + key_depth) of keys[i]), with zeros after head_dim. Keys are converted
 /// once for all rows.
 template <storage T>
 void add_key_products(float (&scores)[key_rows][key_block], const float (&q)[key_rows][key_depth], int rows,

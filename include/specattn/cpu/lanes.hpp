@@ -313,7 +313,7 @@ inline float max_of_lanes(const lanes& x) {
 
 #endif
 
-/// The first n elements (fewer than a register) with zeros behind; reads no further.
+/// The first n elements (fewer than a register), then zeros; reads no further.
 template <storage T>
 inline lanes load_first(const T* p, int n) {
   alignas(64) float v[lanes::width] = {};

@@ -52,7 +52,7 @@ struct select_scratch {
 template <storage T>
 class group_selector {
  public:
-  group_selector(const importance<T, cpu>& from, const selection_rule& rule, const selection_view<cpu>& out,
+  group_selector(const weight_rows<T, cpu>& from, const selection_rule& rule, const selection_view<cpu>& out,
                  const select_scratch& scratch)
       : from_(from), rule_(rule), out_(out), scratch_(scratch) {}
 
@@ -206,7 +206,7 @@ class group_selector {
     out_.mass[group] = mass_share(kept, total_);
   }
 
-  /// Writes the list, its count and the padding behind it.
+  /// Writes the list, its count and the padding after it.
   void emit_list(std::ptrdiff_t group, std::int32_t count) {
     const auto list = out_.positions[group];
     std::ptrdiff_t written = 0;
@@ -227,7 +227,7 @@ class group_selector {
     for (; written < padded; ++written) list[written] = -1;
   }
 
-  const importance<T, cpu>& from_;
+  const weight_rows<T, cpu>& from_;
   const selection_rule& rule_;
   const selection_view<cpu>& out_;
   select_scratch scratch_;
@@ -251,7 +251,7 @@ struct select_impl<cpu> {
   }
 
   template <storage T>
-  static void run(context<cpu>& ctx, const importance<T, cpu>& from, const selection_rule& rule,
+  static void run(context<cpu>& ctx, const weight_rows<T, cpu>& from, const selection_rule& rule,
                   const selection_view<cpu>& out) {
     const std::ptrdiff_t rows = from.weights.extent(1);
     const std::ptrdiff_t kv_len = from.weights.extent(2);

@@ -141,7 +141,7 @@ void mark(const Key* items, std::int32_t word_count, threshold<Key> least, const
 // ---- unpacking ----------------------------------------------------------------------------------------------
 
 /// Writes those of items [begin, end) whose coarse key lies in [low, high] to `found`, in order; returns how many.
-/// Writes up to 16 entries at a time, but never behind found + (end - begin).
+/// Writes up to 16 entries at a time, but never past found + (end - begin).
 template <class Key>
 std::int32_t collect(const Key* items, std::int32_t begin, std::int32_t end, std::uint32_t low, std::uint32_t high,
                      Key* found) {

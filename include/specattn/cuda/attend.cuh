@@ -18,6 +18,7 @@
 #include "../attend.hpp"
 #include "attend/cut.cuh"
 #include "attend/gather.cuh"
+#include "attend/keep_queries.cuh"
 #include "attend/merge.cuh"
 #include "attend/plain_tile.cuh"
 #include "attend/plan.cuh"
@@ -25,7 +26,8 @@
 #include "attend/tensor_tile.cuh"
 #include "context.cuh"
 #include "device/launch.cuh"
-#include "key_recording.cuh"
+#include "device/mma.cuh"
+#include "device/overlap.cuh"
 
 #include "../words_begin.hpp"
 
@@ -86,6 +88,12 @@ struct attend_impl<cuda> {
     expects(start<plain_tile<T>>(ctx, launch), "attend: head_dim ", args.kv.head_dim, " needs ",
             plain_tile<T>::shared_bytes(2, args.kv.head_dim),
             " bytes of shared memory and some for its plan, a CTA has ", ctx.block_shared_bytes());
+  }
+
+  static void keep_queries(const context<cuda>& ctx, const view<const float, 3, cuda>& q,
+                           const view<float, 3, cuda>& to) {
+    const dim3 grid(static_cast<unsigned>(q.extent(0)), static_cast<unsigned>(q.extent(1)));
+    start_kernel(ctx, keep_queries_kernel, grid, keep_queries_threads, keep_queries_launch{q, to}, "attend");
   }
 
  private:

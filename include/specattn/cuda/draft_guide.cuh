@@ -110,7 +110,7 @@ class draft_guide<cuda> : public detail::draft_guide_base<draft_guide<cuda>, cud
     find_lengths(ctx, round, m);
     const view<fp16, 3, cuda> out(m.importance.data(), {lists, steps, round.max_kv_len});
     weigh(ctx, round, out, m);
-    importance<fp16, cuda> from;
+    weight_rows<fp16, cuda> from;
     from.weights = out;
     from.kv_lens = m.lengths.shaped({lists});
     select(ctx, from, rule_for(steps), round.kept);

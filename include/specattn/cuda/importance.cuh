@@ -13,6 +13,7 @@
 
 #include "../importance.hpp"
 #include "context.cuh"
+#include "device/barrier.cuh"
 #include "device/launch.cuh"
 #include "importance/plan.cuh"
 #include "importance/product.cuh"
@@ -114,7 +115,7 @@ __global__ void __launch_bounds__(importance_threads + importance_copiers, 1)
     copy_blocks(launch, ring);
   }
   __syncwarp();
-  wait_for_cluster();
+  sync_cluster();
 #else
   item_walk<importance_launch<T, U>> next(launch);
   std::int32_t next_chunk = 0;
@@ -156,7 +157,7 @@ __global__ void __launch_bounds__(importance_threads + row_producers, 1)
   } else {
     row_producer<T, U>(launch, importance_memory, ring).run();
   }
-  wait_for_cluster();
+  sync_cluster();
 #endif
 }
 

@@ -11,7 +11,7 @@
 #include "../kv_cache.hpp"
 #include "context.cuh"
 #include "device/launch.cuh"
-#include "device/mma.cuh"
+#include "device/overlap.cuh"
 
 namespace specattn::inline SPECATTN_CODE::detail {
 
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kv_threads) kv_write_kernel(const __grid_const
 
 // ---- write rotated ------------------------------------------------------------------------------------------
 
-inline constexpr int kv_rotate_threads = 128;  ///< few: CTAs of the attention behind are placed beside them
+inline constexpr int kv_rotate_threads = 128;  ///< few: CTAs of the attention that follows are placed beside them
 
 template <storage T>
 struct kv_write_rotated {

@@ -89,7 +89,7 @@ struct select_impl<cuda> {
   }
 
   template <storage T>
-  static void run(context<cuda>& ctx, const importance<T, cuda>& from, const selection_rule& rule,
+  static void run(context<cuda>& ctx, const weight_rows<T, cuda>& from, const selection_rule& rule,
                   const selection_view<cuda>& out) {
     const std::ptrdiff_t groups = out.groups();
     const std::ptrdiff_t rows = from.weights.extent(1);

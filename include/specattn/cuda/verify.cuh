@@ -1,5 +1,5 @@
-// sample() and verify() on the device: a cluster of CTAs for each row of logits, which it reads once into its shared
-// memory. verify() settles in a second, tiny launch which of a sequence's slots count.
+// sample() and verify() on the device: a cluster of CTAs reads each row of logits once, into its shared memory. A second,
+// tiny kernel of verify() finds each sequence's first rejected slot.
 //
 // Tokens, accepted counts and probabilities are the CPU's to the bit: weights are computed by the same rounded operations
 // (see product()) and summed as whole numbers. They depend on a row, its sampler and its position alone.

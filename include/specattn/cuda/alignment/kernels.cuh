@@ -12,6 +12,7 @@
 #include "../../view.hpp"
 #include "../context.cuh"
 #include "../device/launch.cuh"
+#include "../device/warp.cuh"
 
 #include "../../words_begin.hpp"
 
@@ -206,7 +207,7 @@ static __global__ void __launch_bounds__(alignment_threads)
         float sum = 0.0f;
 #pragma unroll
         for (int j = 0; j < mixture_each; ++j) sum += here(j) < end ? ratio[j] * row[here(j)] : 0.0f;
-        for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(~0u, sum, distance);
+        sum = sum_over_warp(sum);
         if (threadIdx.x % 32 == 0) sums[i][threadIdx.x / 32] = sum;
       }
       __syncthreads();

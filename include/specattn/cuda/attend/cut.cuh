@@ -1,6 +1,6 @@
 // How a CTA of the device's attend() finds its share of a pass from the lengths and counts as they are in memory: a fixed
-// grid, no plan before the launch, and nothing on the host. It runs once, when no instruction is at hand yet, so that its
-// time is the number of its instructions: what is usual is short, and the rest out of the way.
+// grid, no plan before the launch, and nothing on the host. Runs once per CTA with a cold instruction cache: its cost is its
+// code size, so the usual path is short and the rare one out of line.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -8,7 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../device/mma.cuh"
+#include "../device/overlap.cuh"
+#include "../device/warp.cuh"
 #include "plan.cuh"
 
 #include "../../words_begin.hpp"
@@ -71,11 +72,7 @@ static __device__ __noinline__ void cut_anywhere(const attend_launch<T>& launch,
   };
   std::int64_t mine = 0;
   for (std::int32_t g = begin; g < end; ++g) mine += launch.group_cost(group_at(g));
-  std::int64_t before = mine, total = 0;
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const std::int64_t below = __shfl_up_sync(~0u, before, distance);
-    if (lane >= distance) before += below;
-  }
+  std::int64_t before = prefix_sum_over_warp(mine), total = 0;
   if (lane == 31) memory.costs[warp] = before;
   __syncthreads();
   before -= mine;
@@ -145,7 +142,7 @@ __device__ __forceinline__ attend_totals add_up(attend_totals sum, attend_totals
 #pragma unroll 1
   for (int w = 1; w < Threads / 32; ++w) {
     const attend_totals of = warps[w];
-    if (of.blocks == 0) break;  // behind the last group, or blocks are not alike
+    if (of.blocks == 0) break;  // after the last group, or blocks are not alike
     sum.blocks += of.blocks;
     sum.cost += of.cost;
     sum.longest = sum.longest > of.longest ? sum.longest : of.longest;

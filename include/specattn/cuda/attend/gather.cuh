@@ -34,7 +34,7 @@ class attend_gather {
     if (kv_->page_shift >= 31) base_ = kv_->offset(cache_row_, 0, head_);
   }
 
-  /// The position at a virtual one; -1 behind the block's last.
+  /// The position at a virtual one; -1 after the block's last.
   __device__ std::int32_t position(std::int32_t at) const {
     if (at >= end_) return -1;
     if (at < kept_) return list_ != nullptr ? __ldcg(list_ + at * list_stride_) : at;
@@ -56,7 +56,7 @@ class attend_gather {
   std::int32_t head_ = 0;
   std::int32_t kept_ = 0;
   std::int32_t end_ = 0;
-  std::int32_t tail_ = 0;  ///< a virtual position behind the prefix's is this much further on
+  std::int32_t tail_ = 0;  ///< a virtual position after the prefix's is this much further on
 };
 
 /// Of the rows of the block at hand, in shared memory.

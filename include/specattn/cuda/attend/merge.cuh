@@ -8,7 +8,8 @@
 
 #include "../../attention_state.hpp"
 #include "../device/launch.cuh"
-#include "../device/mma.cuh"
+#include "../device/overlap.cuh"
+#include "../device/warp.cuh"
 #include "gather.cuh"
 #include "plan.cuh"
 
@@ -21,13 +22,8 @@ inline constexpr int attend_merge_width = 64;  ///< elements of a row that a war
 /// The state of `Lanes` adjacent lanes' states together, in each of them.
 template <int Lanes>
 __device__ __forceinline__ attention_state merge_lanes(attention_state mine) {
-  float top = mine.max;
-#pragma unroll
-  for (int distance = 1; distance < Lanes; distance *= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, distance));
-  float sum = mine.sum * scale_to(mine, top);
-#pragma unroll
-  for (int distance = 1; distance < Lanes; distance *= 2) sum += __shfl_xor_sync(~0u, sum, distance);
-  return {top, sum};
+  const float top = over_lanes<1, Lanes>(mine.max, float_max{});
+  return {top, over_lanes<1, Lanes>(mine.sum * scale_to(mine, top), sum_of{})};
 }
 
 /// Writes `Width` elements of a row's result from its merged sums, and with the first its log-sum-exp.
@@ -136,9 +132,9 @@ unsigned merging_ctas(const attend_launch<T>& launch) {
   return blocks_of(launch.args.q.extent(0) * launch.args.q.extent(1) * warps, attend_merge_threads / 32);
 }
 
-/// A warp takes some elements of a row of q, where it is of a sequence and its block was in parts. While the kernel before
-/// still runs it rehearses on one part, whatever that holds, and writes nothing: instructions and arguments are then at
-/// hand, which otherwise take longer to come than the parts.
+/// A warp merges some elements of a row of q, where a sequence has that row and its block was cut into parts. Before it waits
+/// for the previous kernel it executes one dummy merge and discards the result: that warms the instruction and constant
+/// caches, whose misses otherwise take longer than the parts.
 template <storage T>
 __global__ void __launch_bounds__(attend_merge_threads)
     attend_merge_kernel(const __grid_constant__ attend_launch<T> launch) {

@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../device/overlap.cuh"
+#include "../device/warp.cuh"
 #include "gather.cuh"
 #include "plan.cuh"
 
@@ -98,12 +100,10 @@ class plain_tile {
   /// Leaves the lanes' weights relative to the row's maximum so far; what was summed before is scaled to it.
   __device__ void soften(int row, float score) {
     attention_state& state = states_of(warp())[row];
-    float top = fmaxf(state.max, score);
-    for (int distance = 16; distance > 0; distance /= 2) top = fmaxf(top, __shfl_xor_sync(~0u, top, distance));
+    const float top = over_warp(fmaxf(state.max, score), float_max{});
     const float base = top == no_score ? 0.0f : top;
     const float weight = std::exp(score - base);
-    float total = weight;
-    for (int distance = 16; distance > 0; distance /= 2) total += __shfl_xor_sync(~0u, total, distance);
+    const float total = sum_over_warp(weight);
     weights_[row * 32 + lane()] = weight;
     const float scale = state.max == top ? 1.0f : std::exp(state.max - top);
     if (scale != 1.0f) {

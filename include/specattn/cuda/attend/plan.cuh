@@ -10,7 +10,7 @@
 #include "../../attend.hpp"
 #include "../../attention_state.hpp"
 #include "../context.cuh"
-#include "../device/mma.cuh"
+#include "../device/copy.cuh"
 
 #include "../../words_begin.hpp"
 
@@ -77,7 +77,7 @@ struct row_division {
   }
 };
 
-/// The shares that work on a block, adjacent ones: the one that begins it and `count - 1` behind it.
+/// The shares that work on a block, adjacent ones: the one that begins it and the `count - 1` after it.
 struct attend_parts {
   std::int32_t first = 0;
   std::int32_t count = 0;
@@ -247,7 +247,7 @@ struct attend_cut {
   std::int32_t group = 0;
   std::int32_t block = 0;
   std::int32_t position = 0;
-  std::uint32_t left = 0;  ///< cost of the block behind the cut
+  std::uint32_t left = 0;  ///< cost of the block after the cut
 };
 /// What a CTA works on. `parts` is of its only block, where shares do not cross from one block to the next.
 struct attend_range {

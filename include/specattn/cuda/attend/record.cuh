@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../device/mma.cuh"
+#include "../device/overlap.cuh"
 #include "plan.cuh"
 
 namespace specattn::inline SPECATTN_CODE::detail {

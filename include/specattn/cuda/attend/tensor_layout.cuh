@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "../device/mma.cuh"
+#include "../device/warp.cuh"
 #include "plan.cuh"
 
 namespace specattn::inline SPECATTN_CODE::detail {
@@ -44,9 +45,7 @@ struct tensor_layout {
   }
   template <class Op>
   __device__ static float over_positions(float x, Op op) {
-#pragma unroll
-    for (int distance = 4; distance < 32; distance *= 2) x = op(x, __shfl_xor_sync(~0u, x, distance));
-    return x;
+    return over_lanes<4, 32>(x, op);
   }
 
   /// Keys of the tile as factors, 16 elements of head_dim a step. Of 8-bit ones a lane has four adjacent elements, which

@@ -13,7 +13,9 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../device/copy.cuh"
 #include "../device/mma.cuh"
+#include "../device/overlap.cuh"
 #include "gather.cuh"
 #include "plan.cuh"
 #include "tensor_layout.cuh"
@@ -100,7 +102,7 @@ class tensor_tile : tensor_layout<T, HeadDim> {
     __syncwarp();
   }
 
-  /// Leaves this warp's sums and states in its memory, for sums_of() and states_of() behind a barrier.
+  /// Stores this warp's sums and states in its memory, for sums_of() and states_of() after a barrier.
   __device__ void leave() {
     float* sums = reinterpret_cast<float*>(region_);
 #pragma unroll
@@ -197,11 +199,12 @@ class tensor_tile : tensor_layout<T, HeadDim> {
     for (int i = 0; i < attend_tile / rows_at_once; ++i) {
       const std::ptrdiff_t from = __shfl_sync(~0u, offset, i * rows_at_once + row);
       const bool wanted = inside && from >= 0;
+      const int bytes = wanted ? 16 : 0;
       const std::ptrdiff_t element = wanted ? from : 0;
       const std::uint32_t there =
           (to ^ turn(i * rows_at_once)) + static_cast<std::uint32_t>(i * rows_at_once) * row_bytes;
-      copy_16_bytes(there, keys + element, wanted, policy_);
-      copy_16_bytes(there + values_at, values + element, wanted, policy_);
+      copy_16_bytes(there, keys + element, bytes, policy_);
+      copy_16_bytes(there + values_at, values + element, bytes, policy_);
     }
   }
   __device__ void await_stage() const {

@@ -22,9 +22,9 @@ struct launch_shape {
   /// another's call and its launch.
   std::size_t most_shared_bytes = 0;
   int cluster = 0;  ///< CTAs along x, where code for clusters runs; 0: the kernel knows none
-  /// For a kernel that calls wait_for_previous_kernel() before it touches what the one before it on the stream touches:
-  /// its CTAs are placed as soon as all of that one's have called launch_dependents() or ended. Where that one calls it
-  /// behind its own wait, everything older is done when a CTA starts; where it calls it first, nothing need be.
+  /// For a kernel that calls wait_for_previous_kernel() before it touches what its predecessor on the stream touches: its
+  /// CTAs are placed as soon as all of the predecessor's have called launch_dependents() or ended. If the predecessor calls
+  /// it after its own wait, all older kernels have ended when a CTA starts; if it calls it first, none need have.
   bool early = false;
 };
 

@@ -1,5 +1,5 @@
-// The instructions of Ampere and later that attention is made of, one function each: asynchronous copies to shared
-// memory, matrix fragments, m16n8k16 products with float sums.
+// Tensor cores, one function for an instruction: matrix fragments from shared memory (ldmatrix, movmatrix), m16n8k16
+// products with float sums (mma.sync), conversions of pairs. PTX ISA 9, "Warp Level Matrix Instructions".
 #pragma once
 
 #include "requirements.cuh"  // first
@@ -20,37 +20,6 @@ concept tensor_storage = std::same_as<T, bf16> || std::same_as<T, fp16>;
 /// What a stored element is multiplied as: fp16 holds every fp8_e4m3.
 template <storage T>
 using multiplied = std::conditional_t<std::same_as<T, fp8_e4m3>, fp16, T>;
-
-/// The address of something in shared memory, as the instructions want it.
-__device__ inline std::uint32_t shared_address(const void* p) {
-  return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
-}
-
-/// 16 bytes to shared memory, in the background; zeros, with nothing read, where `wanted` is false.
-__device__ __forceinline__ void copy_16_bytes(std::uint32_t to, const void* from, bool wanted) {
-  const int bytes = wanted ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
-}
-/// How the L2 shall hold what is copied: not for long where nobody reads it again.
-__device__ __forceinline__ std::uint64_t copy_policy(bool again) {
-  std::uint64_t once, normal;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
-  asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(normal));
-  return again ? normal : once;
-}
-/// The same under a policy.
-__device__ __forceinline__ void copy_16_bytes(std::uint32_t to, const void* from, bool wanted, std::uint64_t policy) {
-  const int bytes = wanted ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(to), "l"(from),
-               "r"(bytes), "l"(policy)
-               : "memory");
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-/// Waits until at most `Open` of this thread's committed groups are under way.
-template <int Open>
-__device__ __forceinline__ void await_copies() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(Open) : "memory");
-}
 
 /// Four 8 × 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void load_matrices(std::uint32_t (&m)[4], std::uint32_t address) {
@@ -150,32 +119,6 @@ __device__ __forceinline__ float power_of_two(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-}
-
-/// Writes what will soon be read again: the L2 shall hold it for longer than what is only read.
-__device__ __forceinline__ void store_for_soon(float* to, float x) {
-  std::uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-  asm volatile("st.global.L2::cache_hint.f32 [%0], %1, %2;" ::"l"(to), "f"(x), "l"(policy) : "memory");
-}
-
-/// What memory holds at this moment, whatever a kernel that still runs makes of it.
-__device__ __forceinline__ std::int32_t read_now(const std::int32_t* from) {
-  std::int32_t x;
-  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
-  return x;
-}
-
-/// Lets a dependent kernel's launch begin (Hopper); its wait() still waits for this whole grid.
-__device__ __forceinline__ void launch_dependents() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-__device__ __forceinline__ void wait_for_previous_kernel() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
 }
 
 }  // namespace specattn::inline SPECATTN_CODE::detail

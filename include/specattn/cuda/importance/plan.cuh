@@ -29,7 +29,7 @@ inline constexpr int importance_stages_before_hopper = 2;  // what every device 
 /// Of Hopper: stages, and two barriers for each.
 SPECATTN_HD constexpr int stage_ring_bytes(int stages) { return stages * (importance_stage_bytes + 16); }
 
-inline constexpr int row_producers = 128;  // threads, behind those that multiply
+inline constexpr int row_producers = 128;  // threads, after those that multiply
 inline constexpr int row_stages = 3;
 inline constexpr int row_ahead_bytes = 16384;  // that are on their way for each of the producers' warps
 

@@ -21,7 +21,7 @@ inline constexpr int importance_cluster = 1;
 inline constexpr int importance_copiers = 0;
 #else
 inline constexpr int importance_cluster = 2;   // CTAs that fetch their coefficients together
-inline constexpr int importance_copiers = 32;  // threads behind those that multiply
+inline constexpr int importance_copiers = 32;  // threads after those that multiply
 #endif
 
 /// Byte offset of eight signals (`octet` of 8) of a group in its block: matrices of 8 × 8, eight groups' rows side by
@@ -60,7 +60,7 @@ struct importance_sums {
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-inline constexpr int products_in_flight = 1;  ///< behind the newest that multiply() has started
+inline constexpr int products_in_flight = 1;  ///< besides the newest that multiply() has started
 
 /// Keeps the compiler from moving what an instruction in flight still writes.
 __device__ __forceinline__ void pin(importance_sums& sums) {

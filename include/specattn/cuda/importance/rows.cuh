@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../device/copy.cuh"
 #include "signals.cuh"
 #include "stages.cuh"
 
@@ -136,9 +137,8 @@ class row_producer {
       if (launch_.wide_reads) {
 #pragma unroll
         for (int j = 0; j < pieces; ++j, from += apart) {
-          asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to) + j * 512),
-                       "l"(from), "r"(j * (8 / pieces) < rows ? asked_size_ * static_cast<int>(sizeof(T)) : 0)
-                       : "memory");
+          copy_16_bytes(shared_address(to) + j * 512, from,
+                        j * (8 / pieces) < rows ? asked_size_ * static_cast<int>(sizeof(T)) : 0);
         }
       } else {
 #pragma unroll

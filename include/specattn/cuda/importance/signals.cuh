@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "../../importance.hpp"
+#include "../device/mma.cuh"
 #include "product.cuh"
 
 #include "../../words_begin.hpp"

@@ -1,12 +1,13 @@
-// What the product needs next, on its way into shared memory: on Hopper put there by threads behind those that multiply,
-// each CTA of a cluster fetching half of the coefficients for both; elsewhere by a copy of all threads.
+// Brings the product's next operands into shared memory. On Hopper producer threads do so, and each CTA of a cluster fetches
+// half of the coefficients for both; elsewhere all threads copy.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "../../config.hpp"
-#include "../device/mma.cuh"
+#include "../device/barrier.cuh"
+#include "../device/copy.cuh"
 #include "product.cuh"
 
 #include "../../words_begin.hpp"
@@ -15,64 +16,8 @@ namespace specattn::inline SPECATTN_CODE::detail {
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-/// A barrier in shared memory, by its address there.
-class stage_barrier {
- public:
-  __device__ explicit stage_barrier(std::uint32_t address) : address_(address) {}
-  __device__ void init(int arrivals) const {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address_), "r"(arrivals) : "memory");
-  }
-  __device__ __forceinline__ void arrive() const {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(address_) : "memory");
-  }
-  /// At the same barrier of a CTA of the cluster.
-  __device__ __forceinline__ void arrive_at(std::uint32_t cta) const {
-    asm volatile(
-        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(address_),
-        "r"(cta)
-        : "memory");
-  }
-  /// Arrives, and has the phase wait for `bytes` that copies will bring.
-  __device__ __forceinline__ void arrive_expecting(int bytes) const {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(address_), "r"(bytes) : "memory");
-  }
-  /// To shared address `to`, in the background; the phase completes behind it.
-  __device__ __forceinline__ void copy(std::uint32_t to, const std::byte* from, int bytes) const {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(address_)
-                 : "memory");
-  }
-  /// The same to every CTA of the cluster, each of whose barriers is told.
-  __device__ __forceinline__ void copy_to_all(std::uint32_t to, const std::byte* from, int bytes) const {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, [%3], "
-        "%4;" ::"r"(to),
-        "l"(from), "r"(bytes), "r"(address_), "h"(static_cast<std::uint16_t>((1 << importance_cluster) - 1))
-        : "memory");
-  }
-  /// Until the turn-th phase has completed.
-  __device__ __forceinline__ void wait(std::int32_t turn) const {
-    asm volatile(
-        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n@!done bra again;\n}" ::
-            "r"(address_),
-        "r"(turn % 2)
-        : "memory");
-  }
-
- private:
-  std::uint32_t address_;
-};
-
-/// Makes barriers just initialised, or ordinary writes to shared memory, visible to copies and to wgmma.
-__device__ __forceinline__ void fence_shared_memory() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-__device__ __forceinline__ void wait_for_cluster() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
-}
-
 /// Stages in shared memory, numbered in the order of their use, and two barriers for each. `Writers` arrivals fill one;
-/// every CTA of a cluster uses as many. No CTA may end before all others have: wait_for_cluster().
+/// every CTA of a cluster uses as many. No CTA may end before all others have: sync_cluster().
 template <int Stages, int Writers>
 class stage_ring {
  public:
@@ -82,19 +27,20 @@ class stage_ring {
         filled(n).init(Writers);
         emptied(n).init(importance_cluster * importance_threads / 32);
       }
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      fence_barriers();
       fence_shared_memory();
     }
-    wait_for_cluster();
+    sync_cluster();
   }
   __device__ std::uint32_t stage(std::int32_t n) const {
     return stages_ + static_cast<std::uint32_t>(n % Stages * importance_stage_bytes);
   }
-  __device__ stage_barrier filled(std::int32_t n) const {
-    return stage_barrier(stages_ + static_cast<std::uint32_t>(Stages * importance_stage_bytes + n % Stages * 16));
+  __device__ shared_barrier filled(std::int32_t n) const {
+    return shared_barrier(stages_ + static_cast<std::uint32_t>(Stages * importance_stage_bytes + n % Stages * 16));
   }
-  __device__ stage_barrier emptied(std::int32_t n) const {
-    return stage_barrier(stages_ + static_cast<std::uint32_t>(Stages * importance_stage_bytes + n % Stages * 16 + 8));
+  __device__ shared_barrier emptied(std::int32_t n) const {
+    return shared_barrier(stages_ +
+                          static_cast<std::uint32_t>(Stages * importance_stage_bytes + n % Stages * 16 + 8));
   }
   /// The shared address of stage n, once it is there.
   __device__ __forceinline__ std::uint32_t wait(std::int32_t n) const {
@@ -116,7 +62,7 @@ class stage_ring {
     constexpr int part = coefficient_block_bytes / importance_cluster;
     const int at = static_cast<int>(blockIdx.x) % importance_cluster * part;
     filled(n).arrive_expecting(coefficient_block_bytes + more);
-    filled(n).copy_to_all(stage(n) + static_cast<std::uint32_t>(at), block + at, part);
+    filled(n).copy_to_all<importance_cluster>(stage(n) + static_cast<std::uint32_t>(at), block + at, part);
   }
 
  private:
@@ -159,7 +105,7 @@ class importance_pipeline {
     for (int i = static_cast<int>(threadIdx.x) * 16; i < importance_stage_bytes; i += importance_threads * 16) {
       const std::byte* part =
           i < coefficient_block_bytes ? from.coefficients + i : from.signals + i - coefficient_block_bytes;
-      if (from.signals != nullptr) copy_16_bytes(stage(s) + static_cast<std::uint32_t>(i), part, true);
+      if (from.signals != nullptr) copy_16_bytes(stage(s) + static_cast<std::uint32_t>(i), part, 16);
     }
     commit_copies();
   }

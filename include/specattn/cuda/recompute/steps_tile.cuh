@@ -1,4 +1,4 @@
-// What one CTA of record_keys() does: a chunk of positions of one layer, sequence and kv head, 32 of them a warp at a
+// What one CTA of recompute_steps() does: a chunk of positions of one layer, sequence and kv head, 32 of them a warp at a
 // time, for all steps' queries on tensor cores; and the same plainly, for what tensor cores do not take.
 #pragma once
 
@@ -9,8 +9,10 @@
 #include <cstdint>
 #include <limits>
 
-#include "../../key_recording.hpp"
+#include "../../recompute.hpp"
+#include "../device/copy.cuh"
 #include "../device/mma.cuh"
+#include "../device/warp.cuh"
 
 namespace specattn::inline SPECATTN_CODE::detail {
 
@@ -21,8 +23,8 @@ inline constexpr float asked_nothing =
     std::numeric_limits<float>::infinity();  ///< a log-sum-exp that makes no weights
 
 template <storage T>
-struct key_recording_launch {
-  key_recording_args<T, cuda> args;
+struct recompute_steps_launch {
+  recompute_steps_args<T, cuda> args;
   float* parts = nullptr;   ///< [rows of args.masses, chunks] what a chunk adds to a mass
   std::int32_t chunks = 0;  ///< of a row's capacity
   bool wide = false;        ///< rows begin at whole 16 bytes
@@ -44,10 +46,10 @@ struct key_recording_launch {
 /// Where a CTA works.
 template <storage T>
 struct record_place {
-  const key_recording_launch<T>& launch;
+  const recompute_steps_launch<T>& launch;
   std::int32_t layer, sequence, kv_head, cache_row, begin, end;  // positions
 
-  __device__ explicit record_place(const key_recording_launch<T>& l) : launch(l) {
+  __device__ explicit record_place(const recompute_steps_launch<T>& l) : launch(l) {
     const auto list = static_cast<std::int32_t>(blockIdx.x);
     const auto sequences = static_cast<std::int32_t>(l.args.kv_lens.extent(0));
     kv_head = list % l.args.kv.kv_heads;
@@ -144,7 +146,7 @@ class record_tile {
     return static_cast<std::uint32_t>(row * row_bytes + (at ^ row / rows_a_line % (8 / rows_a_line)) * 16);
   }
 
-  /// Asks for the keys of the i-th turn; those behind the end are zeros.
+  /// Starts copying the keys of the i-th turn; those past the end are zeros.
   __device__ __forceinline__ void fetch(int i) {
     constexpr int pieces = row_bytes / 16, rows_at_once = 32 / pieces;
     if (first(i) < place_.end) {
@@ -159,7 +161,8 @@ class record_tile {
         const int row = j * rows_at_once + lane() / pieces;
         const std::ptrdiff_t from = __shfl_sync(~0u, offset, row);
         const bool wanted = inside && first(i) + row < place_.end;
-        copy_16_bytes(stage + piece(row, at), place_.launch.args.kv.keys + from + (inside ? at * 8 : 0), wanted);
+        copy_16_bytes(stage + piece(row, at), place_.launch.args.kv.keys + from + (inside ? at * 8 : 0),
+                      wanted ? 16 : 0);
       }
     }
     commit_copies();
@@ -233,7 +236,7 @@ class record_tile {
       weights[j] = 0.0f;
     }
 #pragma unroll
-    for (int apart = 4; apart < 32; apart *= 2) sum += __shfl_xor_sync(~0u, sum, apart);
+    sum = over_lanes<4, 32>(sum, sum_of{});
     if (lane() < 4) sums_[(column * warps + warp()) * 8 + lane() * 2 + e] += sum;
     __syncwarp();
     const int of = lane() / 8, piece = lane() % 8 * 4;  // four weights a lane
@@ -275,7 +278,7 @@ class record_tile {
 
 template <class Tile, storage T>
 __global__ void __launch_bounds__(Tile::threads)
-    record_keys_kernel(const __grid_constant__ key_recording_launch<T> launch) {
+    recompute_steps_kernel(const __grid_constant__ recompute_steps_launch<T> launch) {
   extern __shared__ __align__(128) std::byte record_memory[];
   const record_place<T> place(launch);
   if (place.begin >= place.end) return;
@@ -285,7 +288,7 @@ __global__ void __launch_bounds__(Tile::threads)
 /// Any storage and shape: a thread a position.
 template <storage T>
 __global__ void __launch_bounds__(record_plain_threads)
-    record_plain_kernel(const __grid_constant__ key_recording_launch<T> launch) {
+    record_plain_kernel(const __grid_constant__ recompute_steps_launch<T> launch) {
   __shared__ float parts[record_plain_threads / 32];
   const record_place<T> place(launch);
   if (place.begin >= place.end) return;
@@ -311,7 +314,7 @@ __global__ void __launch_bounds__(record_plain_threads)
       *place.weights(row, head, position) = from_float<fp16>(weight);
       sum += weight;
     }
-    for (int apart = 16; apart > 0; apart /= 2) sum += __shfl_xor_sync(~0u, sum, apart);
+    sum = sum_over_warp(sum);
     if (thread % 32 == 0) parts[thread / 32] = sum;
     __syncthreads();
     sum = 0.0f;

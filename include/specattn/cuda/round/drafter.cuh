@@ -12,8 +12,8 @@
 #include "../../model.hpp"
 #include "../../query_memory.hpp"
 #include "../attend.cuh"
-#include "../key_recording.cuh"
 #include "../kv_cache.cuh"
+#include "../recompute.cuh"
 #include "../select.cuh"
 #include "../verify.cuh"
 #include "layout.cuh"
@@ -59,7 +59,8 @@ class device_drafter {
     std::size_t need = (std::max)(
         attend_workspace_bytes(ctx, {sequences, slots, shape_.q_heads, shape_.kv_heads, shape_.head_dim, positions_}),
         verify_workspace_bytes(ctx, sequences, shape_.vocab));
-    if (record_) need = (std::max)(need, key_recording_workspace_bytes(ctx, rows_ * heads() * sequences, positions_));
+    if (record_)
+      need = (std::max)(need, recompute_steps_workspace_bytes(ctx, rows_ * heads() * sequences, positions_));
     if (options_.sparse_draft) {
       need = (std::max)(need, select_workspace_bytes(ctx, std::ptrdiff_t{shape_.layers} * sequences * shape_.kv_heads,
                                                      own_rows(), positions_, own_rule()));
@@ -141,7 +142,7 @@ class device_drafter {
 
   void record(context<cuda>& ctx, const round_arrays& round, std::int32_t max_kv_len) {
     const std::ptrdiff_t n = round.sequences, q_heads = shape_.q_heads;
-    key_recording_args<T, cuda> args = queries_.asked((std::min)(steps_, round.drafts), round.sequences, cache_);
+    recompute_steps_args<T, cuda> args = queries_.asked((std::min)(steps_, round.drafts), round.sequences, cache_);
     args.slot_of = {round.draft_logit_rows, {args.q.extent(0), n}};
     args.kv_lens = {round.prefix_lens, {n}};
     args.cache_rows = {round.cache_rows, {n}};
@@ -149,7 +150,7 @@ class device_drafter {
                     {recorded(round), shape_.layers, n, q_heads, max_kv_len},
                     {step_rows(round) * capacity_, n * q_heads * capacity_, q_heads * capacity_, capacity_, 1}};
     args.masses = {masses_.data(), {recorded(round), shape_.layers, n, q_heads}};
-    record_keys(ctx, args);
+    recompute_steps(ctx, args);
   }
 
   /// What the next rounds' steps read, from this round's weights.
@@ -165,7 +166,7 @@ class device_drafter {
       start_kernel(ctx, add_heads_kernel, grid, record_threads, launch, "decode");
       rows = sums_.data();
     }
-    importance<fp16, cuda> from;
+    weight_rows<fp16, cuda> from;
     from.weights = {rows, {groups, own_rows(), max_kv_len}, {own_rows() * capacity_, capacity_, 1}};
     from.kv_lens = lengths_.shaped({groups});
     selection_view<cuda> selected = lists(round);

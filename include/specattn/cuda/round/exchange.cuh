@@ -34,7 +34,7 @@ inline std::int32_t length_bucket(std::int32_t length, std::int32_t most) {
   return (std::min)((length + step - 1) / step * step, most);
 }
 
-/// The rounds that were captured, the newest of them.
+/// The most recently captured graphs.
 class captured_rounds {
  public:
   /// The graph of a round; `queue()` puts its work on the context's stream where it is not there yet.

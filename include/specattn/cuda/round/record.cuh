@@ -6,9 +6,10 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../../key_recording.hpp"
+#include "../../recompute.hpp"
 #include "../../selection.hpp"
 #include "../device/launch.cuh"
+#include "../device/warp.cuh"
 #include "layout.cuh"
 
 namespace specattn::inline SPECATTN_CODE::detail {
@@ -100,8 +101,8 @@ struct kept_launch {
   std::int32_t own_layers, own_kv_heads;
 };
 
-/// Lists that are reused take in the positions since. The first layers, and sequences whose round is dense or whose draft
-/// failed, keep everything. A warp takes a list.
+/// Extends reused lists by the positions appended since they were selected. Makes lists of the first layers, and of sequences
+/// whose round is dense or whose draft failed, keep everything. One warp a list.
 static __global__ void __launch_bounds__(record_threads)
     settle_lists_kernel(const __grid_constant__ kept_launch launch) {
   const auto g = static_cast<std::int32_t>(blockIdx.x * (record_threads / 32) + threadIdx.x / 32);
@@ -116,11 +117,6 @@ static __global__ void __launch_bounds__(record_threads)
   if (!r.reuse) launch.selected[g] = launch.kept.counts[g];
 }
 
-__device__ __forceinline__ std::int64_t warp_sum(std::int64_t value) {
-  for (int apart = 16; apart > 0; apart /= 2) value += __shfl_xor_sync(~0u, value, apart);
-  return value;
-}
-
 /// Entries of one sequence's lists, and whether none of them leaves anything out. For one warp.
 __device__ inline std::int64_t entries_of(const selection_view<cuda>& lists, std::int32_t s, std::int32_t sequences,
                                           std::int32_t layers, std::int32_t kv_heads, std::int32_t everything,
@@ -133,7 +129,7 @@ __device__ inline std::int64_t entries_of(const selection_view<cuda>& lists, std
     every = every && count == keep_all;
   }
   all = __all_sync(~0u, every) != 0;
-  return warp_sum(entries);
+  return sum_over_warp(entries);
 }
 
 /// What the host is told. A warp takes a sequence.
@@ -153,7 +149,7 @@ static __global__ void __launch_bounds__(32) report_kernel(const __grid_constant
     for (auto i = static_cast<std::int32_t>(threadIdx.x); i < launch.own_layers * launch.own_kv_heads; i += 32)
       left_out += launch.own_left_out[(i / launch.own_kv_heads * r.sequences + s) * launch.own_kv_heads +
                                       i % launch.own_kv_heads];
-    out.draft_left_out = warp_sum(left_out);
+    out.draft_left_out = sum_over_warp(left_out);
   }
   out.next = r.next[s];
   out.accepted = out.next == no_token ? -1 : r.accepted[s];

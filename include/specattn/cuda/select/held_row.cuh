@@ -56,7 +56,7 @@ class held_row {
       for (int j = 0; j < 4; ++j) keys_[n][j] = lift_key(keys_[n][j]);
     }
   }
-  /// visit(i, key): behind the row's end too, with keys of 0, to a multiple of four.
+  /// visit(i, key): past the row's end too, with keys of 0, to a multiple of four.
   template <class Visit>
   __device__ __forceinline__ void for_each(std::int32_t count, Visit visit) const {
 #pragma unroll

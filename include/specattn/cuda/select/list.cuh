@@ -67,7 +67,7 @@ __device__ __forceinline__ void write_list(const own_bits<Words>& kept, std::int
     *to = range.first + staged[i];
 }
 
-/// Writes the padding behind a list of `count`.
+/// Writes the padding after a list of `count`.
 __device__ __forceinline__ void pad_list(const selection_view<cuda>& out, std::ptrdiff_t group, std::int32_t count) {
   const std::ptrdiff_t stride = out.positions.stride(1);
   std::int32_t* list = out.positions.data() + group * out.positions.stride(0);

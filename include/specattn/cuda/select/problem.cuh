@@ -16,7 +16,7 @@ namespace specattn::inline SPECATTN_CODE::detail {
 /// What a launch is asked for; passed by value.
 template <storage T>
 struct select_launch {
-  importance<T, cuda> from;
+  weight_rows<T, cuda> from;
   selection_rule rule;
   selection_view<cuda> out;
   std::byte* workspace = nullptr;

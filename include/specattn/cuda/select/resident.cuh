@@ -1,12 +1,16 @@
-// Rows in the shared memory of a cluster, one after the other, chosen from by a sample.
+// A cluster selects from rows that it holds in shared memory, one row after the other:
 //
-// Once a row is read, one in eight of its weights or more are counted, which tells a narrow range of keys that should
-// hold the threshold. One sweep then sums the row's mass and the mass above the range exactly and finds the keys inside
-// it, a few in a hundred; the threshold is one of those. Four or five cluster barriers a row. What is not done for every
-// key is left to one warp wherever it can be: a thousand instructions of all threads cost as much as the sweep.
-// A range that misses is noticed, since the masses are exact, and widened once. A cap is a threshold by count; the sample
-// tells which of the two is the higher. Groups with a row that still misses, or that is not plain (invalid weights,
-// subnormals), are left to select_group.
+//   1. read_row() copies the row and finds its largest key and sum.
+//   2. select_row_sample counts one in eight of the weights, or more, and names a narrow range of keys that should hold the
+//      threshold.
+//   3. sweep() sums the row's mass and the mass above the range exactly, and collects the keys inside it, a few percent.
+//   4. select_row_threshold finds the threshold among those keys.
+//   5. list.cuh writes the positions.
+//
+// Four or five cluster barriers a row. Work that is not per key runs on one warp: a thousand instructions on all warps cost as
+// much as the sweep. The masses are exact, so a range that misses the threshold is noticed; it is widened once. A cap is a
+// threshold by count; the sample tells which of the two is higher. select_group handles groups with a row whose range misses
+// twice, or that holds invalid weights or subnormals.
 #pragma once
 
 #include <cstddef>

@@ -10,8 +10,8 @@
 namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr int sample_bins = 256;
-inline constexpr std::uint32_t doubt_room =
-    2688;  // keys in doubt of a CTA: a few in a hundred, eight of 2^15 of flat rows
+/// Capacity of a CTA for keys in doubt: a few percent of its share of a row, 8 % of a full share (2^15) of a flat row.
+inline constexpr std::uint32_t doubt_room = 2688;
 
 inline constexpr int row_most_words = 4;                                              ///< of a thread
 inline constexpr std::int32_t row_most_share = row_most_words * 32 * select_threads;  ///< positions of a CTA
@@ -45,7 +45,7 @@ struct row_keys {
   T* base;
   int log_words;
 
-  /// i + 1024 n lies 1024 n behind i: where a thread has few words, even shorter steps keep their length.
+  /// i + 1024 n lies 1024 n after i: where a thread has few words, even shorter steps keep their length.
   __device__ std::int32_t place_of(std::int32_t i) const { return i ^ ((i >> (5 + log_words) & 7) * group); }
   __device__ static std::uint32_t key_of(T weight) { return __float_as_uint(to_float(weight)); }
   __device__ std::uint32_t key(std::int32_t i) const { return key_of(base[place_of(i)]); }
@@ -145,7 +145,7 @@ struct doubt_sums {
 
 /// The shared memory of one CTA, keys aside. A CTA writes its own alone; what others need of it they read.
 struct select_row_memory {
-  std::uint32_t sample[sample_bins + 1];  ///< how many sampled weights lie in a bin; the last takes what is none
+  std::uint32_t sample[sample_bins + 1];  ///< sampled weights in each bin; the last bin: those that do not count
   union {
     doubt_sums bins;
     std::uint32_t words[row_most_words * select_threads];  ///< in the end the kept positions of this CTA

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "../../scalar.hpp"
+#include "../device/copy.cuh"
 #include "resident_memory.cuh"
 #include "search.cuh"
 #include "team.cuh"
@@ -14,24 +15,6 @@ namespace specattn::inline SPECATTN_CODE::detail {
 
 __device__ __forceinline__ std::uint32_t larger(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
   return __vimax3_u32(a, b, c);
-}
-
-/// Copies 16 bytes to shared memory without a register in between.
-__device__ __forceinline__ void copy_group(void* to, const void* from) {
-#if defined(__CUDA_ARCH__)
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(
-                   static_cast<std::uint32_t>(__cvta_generic_to_shared(to))),
-               "l"(from)
-               : "memory");
-#else
-  *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
-#endif
-}
-/// This thread's copies have arrived.
-__device__ __forceinline__ void await_copies() {
-#if defined(__CUDA_ARCH__)
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
 }
 
 /// Reads the CTA's part of the row, zeros to the end of its last word. Weights that are not valid have larger keys than
@@ -53,7 +36,7 @@ __device__ __forceinline__ key_facts read_row(const T* row, std::ptrdiff_t strid
     const T* from = row;
     T* to = own;
 #pragma unroll 8
-    for (; i + group <= count; i += step, from += step, to += step) copy_group(to, from);
+    for (; i + group <= count; i += step, from += step, to += step) copy_16_bytes(to, from);
   }
   // The groups that are not whole: of aligned rows one of a thread at most.
 #pragma unroll 1
@@ -65,7 +48,7 @@ __device__ __forceinline__ key_facts read_row(const T* row, std::ptrdiff_t strid
     }
     *reinterpret_cast<weights*>(own + i - thread * group) = part;
   }
-  await_copies();
+  await_all_copies();
   key_facts facts{0, 0.0f};
 #pragma unroll 4
   for (i = 0; i < end - thread * group; i += step) {

@@ -336,9 +336,10 @@ class select_row_threshold {
   chosen_by by_;
   // of the first warp
   std::uint64_t need_ = 0;
-  std::int32_t count_ = 0;               // kept without doubt
-  member_doubts theirs_{};               // of a CTA a lane, as the rest:
-  std::uint32_t kept_ = 0;               // kept without doubt,
+  std::int32_t count_ = 0;  // kept without doubt
+  // of the peer CTA whose rank is the lane:
+  member_doubts theirs_{};
+  std::uint32_t kept_ = 0;               // kept without doubt
   std::uint32_t above_ = 0, equal_ = 0;  // nearest keys, by the threshold
 };
 

@@ -327,7 +327,7 @@ class select_group : group_part {
     count_bits(scratch_.kept, before, total);
   }
 
-  /// visit(word, bits, rank of its first bit) for every word of this CTA and, so that whole CTAs call, some behind.
+  /// visit(word, bits, rank of its first bit) for every word of this CTA and, so that whole CTAs call, some after them.
   template <class Visit>
   __device__ __forceinline__ void in_order(const std::uint32_t* words, std::uint64_t before, Visit visit) {
     std::uint64_t rank = before;
@@ -368,7 +368,7 @@ class select_group : group_part {
     if (first) out_.mass[group] = mass_share(kept[0], total_);
   }
 
-  /// Writes the list, its count and the padding behind it.
+  /// Writes the list, its count and the padding after it.
   __device__ __forceinline__ void emit_list(std::ptrdiff_t group, std::uint64_t before, std::int32_t count) {
     std::int32_t* list = out_.positions.data() + group * out_.positions.stride(0);
     const std::ptrdiff_t stride = out_.positions.stride(1);
@@ -410,7 +410,7 @@ class select_group : group_part {
     return std::ptrdiff_t{count} * page_size() - (last_kept[0] != 0 ? missing : 0);
   }
 
-  const importance<T, cuda>& from_;
+  const weight_rows<T, cuda>& from_;
   const selection_rule& rule_;
   const selection_view<cuda>& out_;
   select_team& team_;

@@ -35,9 +35,8 @@ struct greater {
 using select_scan = cub::BlockScan<std::uint64_t, select_threads, cub::BLOCK_SCAN_WARP_SCANS>;
 using select_word_scan = cub::BlockScan<std::uint32_t, select_threads, cub::BLOCK_SCAN_WARP_SCANS>;
 
-/// The same place in shared memory, whose address the compiler then keeps: in a cluster it takes four instructions and
-/// thirty cycles, and it would compute it at every use. Nor does it compute ahead of a loop what depends on it: a loop
-/// of mostly one turn would fill the registers.
+/// Pins a shared-memory address in a register. In cluster kernels the compiler otherwise recomputes it at every use (four
+/// instructions, thirty cycles), and hoists what depends on it out of loops that mostly have one turn, which spills.
 template <class T>
 __device__ __forceinline__ T* settled(T* place) {
 #if defined(__CUDA_ARCH__)
@@ -97,7 +96,7 @@ class select_team {
     __syncthreads();
   }
 
-  /// The two halves of a barrier behind which a CTA may end: peers have read what they wanted of it.
+  /// The two halves of a barrier after which a CTA may end: peers have read what they wanted of it.
   __device__ __forceinline__ void part() const {
 #if SPECATTN_CLUSTERS
     if (size_ > 1) arrive();

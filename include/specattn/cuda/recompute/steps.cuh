@@ -1,4 +1,4 @@
-// record_keys() on the device: one launch over chunks of positions of all layers, sequences and kv heads, each key read
+// recompute_steps() on the device: one launch over chunks of positions of all layers, sequences and kv heads, each key read
 // once for every step's queries, and a small one that adds up what chunks left of the masses, always in the same order.
 #pragma once
 
@@ -8,31 +8,21 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../key_recording.hpp"
-#include "context.cuh"
-#include "device/launch.cuh"
-#include "recompute/steps_tile.cuh"
+#include "../../recompute.hpp"
+#include "../context.cuh"
+#include "../device/launch.cuh"
+#include "../device/mma.cuh"
+#include "../device/warp.cuh"
+#include "steps_tile.cuh"
 
 namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr int query_threads = 128;
 
-struct keep_queries_launch {
-  view<const float, 3, cuda> q;  // [slots, q_heads, head_dim]
-  view<float, 3, cuda> to;       // [slots or more, q_heads, head_dim]
-};
-
-/// blockIdx.x: a slot; y: a head.
-static __global__ void __launch_bounds__(query_threads)
-    keep_queries_kernel(const __grid_constant__ keep_queries_launch launch) {
-  for (std::ptrdiff_t d = threadIdx.x; d < launch.q.extent(2); d += query_threads)
-    launch.to(blockIdx.x, blockIdx.y, d) = launch.q(blockIdx.x, blockIdx.y, d);
-}
-
 /// A warp adds up a row's parts.
 template <storage T>
 __global__ void __launch_bounds__(query_threads)
-    record_masses_kernel(const __grid_constant__ key_recording_launch<T> launch) {
+    record_masses_kernel(const __grid_constant__ recompute_steps_launch<T> launch) {
   const std::ptrdiff_t row = std::ptrdiff_t{blockIdx.x} * (query_threads / 32) + threadIdx.x / 32;
   const auto& masses = launch.args.masses;
   const std::ptrdiff_t heads = masses.extent(3), sequences = masses.extent(2), layers = masses.extent(1);
@@ -42,50 +32,44 @@ __global__ void __launch_bounds__(query_threads)
   float sum = 0.0f;
   for (std::int32_t c = static_cast<std::int32_t>(threadIdx.x) % 32; c < chunks; c += 32)
     sum += launch.parts[row * launch.chunks + c];
-  for (int apart = 16; apart > 0; apart /= 2) sum += __shfl_xor_sync(~0u, sum, apart);
+  sum = sum_over_warp(sum);
   if (threadIdx.x % 32 == 0)
     masses(row / (layers * sequences * heads), row / (sequences * heads) % layers, s, row % heads) = sum;
 }
 
 template <>
-struct key_recording_impl<cuda> {
+struct recompute_steps_impl<cuda> {
   static std::size_t workspace_bytes(const context<cuda>&, std::ptrdiff_t rows, std::ptrdiff_t kv_len) {
     return static_cast<std::size_t>(rows * blocks_of(kv_len, record_chunk)) * sizeof(float);
   }
 
   template <storage T>
-  static void run(context<cuda>& ctx, const key_recording_args<T, cuda>& args) {
+  static void run(context<cuda>& ctx, const recompute_steps_args<T, cuda>& args) {
     if (args.q.extent(0) * args.q.extent(1) * args.kv_lens.extent(0) * args.q.extent(3) == 0) return;
-    key_recording_launch<T> launch{args};
+    recompute_steps_launch<T> launch{args};
     if (launch.args.scale == 0.0f) launch.args.scale = 1.0f / std::sqrt(static_cast<float>(args.kv.head_dim));
     const std::ptrdiff_t rows = args.weights.extent(0) * args.q.extent(1) * args.kv_lens.extent(0) * args.q.extent(3);
     launch.chunks = static_cast<std::int32_t>(blocks_of(args.weights.extent(4), record_chunk));
-    launch.parts =
-        reinterpret_cast<float*>(ctx.workspace(workspace_bytes(ctx, rows, args.weights.extent(4)), "record_keys"));
+    launch.parts = reinterpret_cast<float*>(
+        ctx.workspace(workspace_bytes(ctx, rows, args.weights.extent(4)), "recompute_steps"));
     if (!run_on_tensor_cores(ctx, launch)) {
-      start_kernel(ctx, record_plain_kernel<T>, grid_of(launch), record_plain_threads, launch, "record_keys");
+      start_kernel(ctx, record_plain_kernel<T>, grid_of(launch), record_plain_threads, launch, "recompute_steps");
     }
     start_kernel(ctx, record_masses_kernel<T>, dim3(blocks_of(rows, query_threads / 32)), query_threads, launch,
-                 "record_keys");
-  }
-
-  static void keep_queries(const context<cuda>& ctx, const view<const float, 3, cuda>& q,
-                           const view<float, 3, cuda>& to) {
-    const dim3 grid(static_cast<unsigned>(q.extent(0)), static_cast<unsigned>(q.extent(1)));
-    start_kernel(ctx, keep_queries_kernel, grid, query_threads, keep_queries_launch{q, to}, "record_keys");
+                 "recompute_steps");
   }
 
  private:
   /// blockIdx.x: a kv head of a sequence of a layer; y: a chunk.
   template <storage T>
-  static dim3 grid_of(const key_recording_launch<T>& launch) {
+  static dim3 grid_of(const recompute_steps_launch<T>& launch) {
     return dim3(
         static_cast<unsigned>(launch.args.q.extent(1) * launch.args.kv_lens.extent(0) * launch.args.kv.kv_heads),
         static_cast<unsigned>(launch.chunks));
   }
 
   template <storage T>
-  static bool run_on_tensor_cores(const context<cuda>& ctx, key_recording_launch<T>& launch) {
+  static bool run_on_tensor_cores(const context<cuda>& ctx, recompute_steps_launch<T>& launch) {
     if constexpr (tensor_storage<T>) {
       const auto& kv = launch.args.kv;
       const auto strides = kv.page_stride | kv.position_stride | kv.head_stride | launch.args.layer_stride;
@@ -100,14 +84,14 @@ struct key_recording_impl<cuda> {
     return false;
   }
   template <class Tile, storage T>
-  static bool start(const context<cuda>& ctx, const key_recording_launch<T>& launch) {
+  static bool start(const context<cuda>& ctx, const recompute_steps_launch<T>& launch) {
     const std::size_t shared = Tile::shared_bytes(launch.columns());
     const auto most = static_cast<std::size_t>(ctx.block_shared_bytes());  // the kernel has no other
     if (shared > most) return false;
     queue_kernel(
-        ctx, record_keys_kernel<Tile, T>,
+        ctx, recompute_steps_kernel<Tile, T>,
         {.grid = grid_of(launch), .threads = Tile::threads, .shared_bytes = shared, .most_shared_bytes = most},
-        "record_keys", launch);
+        "recompute_steps", launch);
     return true;
   }
 };

@@ -1,5 +1,5 @@
-// record_keys() on the device: the CPU's cases, and that a graph follows lengths.
-#include "specattn/cuda/key_recording.cuh"
+// recompute_steps() on the device: the CPU's cases, and that a graph follows lengths.
+#include "specattn/cuda/recompute.cuh"
 
 #include "cuda_fixture.cuh"
 #include "cuda_replay.cuh"
@@ -10,11 +10,11 @@ struct key_fixture : cuda_fixture {
   static constexpr double tolerance = std::is_same_v<T, specattn::bf16> ? 2e-3 : 1e-3;
 };
 
-#include "recompute/key_recording_cases.hpp"
+#include "recompute/steps_cases.hpp"
 
 namespace key_testing {
 
-TEST_CASE("record_keys on the device: a captured graph follows lengths that change between replays") {
+TEST_CASE("recompute_steps on the device: a captured graph follows lengths that change between replays") {
   key_fixture fixture;
   const auto check = [](cudaError_t status) { specattn::detail::check_cuda(status, "test"); };
   const shape s{.steps = 2, .layers = 1, .kv_lens = {5000}};
@@ -25,7 +25,7 @@ TEST_CASE("record_keys on the device: a captured graph follows lengths that chan
   const std::vector<fp16> stale(8 * 5000, specattn::from_float<fp16>(-7.0f));
   const auto weights = fixture.upload(stale), plain = fixture.upload(stale);
   const auto masses = fixture.upload(std::vector<float>(8)), plain_masses = fixture.upload(std::vector<float>(8));
-  specattn::key_recording_args<bf16, specattn::cuda> args;
+  specattn::recompute_steps_args<bf16, specattn::cuda> args;
   args.q = q.shaped({2, 1, s.slots(), 8, 64});
   args.lse = lse.shaped({2, 1, s.slots(), 8});
   args.slot_of = slots.shaped({2, 1});
@@ -39,8 +39,8 @@ TEST_CASE("record_keys on the device: a captured graph follows lengths that chan
   args.kv_lens = lens.shaped({1});
   args.weights = weights.shaped({1, 1, 1, 8, 5000});
   args.masses = masses.shaped({1, 1, 1, 8});
-  fixture.context().reserve_workspace(specattn::key_recording_workspace_bytes(fixture.context(), 8, 5000));
-  const cuda_replay captured(fixture, [&] { specattn::record_keys(fixture.context(), args); });
+  fixture.context().reserve_workspace(specattn::recompute_steps_workspace_bytes(fixture.context(), 8, 5000));
+  const cuda_replay captured(fixture, [&] { specattn::recompute_steps(fixture.context(), args); });
   args.weights = plain.shaped({1, 1, 1, 8, 5000});
   args.masses = plain_masses.shaped({1, 1, 1, 8});
   for (const std::int32_t kv_len : {5000, 0, 17, 2048}) {
@@ -48,7 +48,7 @@ TEST_CASE("record_keys on the device: a captured graph follows lengths that chan
       check(cudaMemcpy(to->data(), stale.data(), to->bytes(), cudaMemcpyHostToDevice));
     check(cudaMemcpy(lens.data(), &kv_len, sizeof kv_len, cudaMemcpyHostToDevice));
     captured.launch();
-    specattn::record_keys(fixture.context(), args);
+    specattn::recompute_steps(fixture.context(), args);
     const auto replayed = fixture.download(weights), called = fixture.download(plain);
     std::int32_t left = 0, differ = 0;
     for (std::size_t i = 0; i < replayed.size(); ++i) {

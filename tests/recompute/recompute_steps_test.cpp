@@ -1,5 +1,5 @@
-// record_keys() on the CPU.
-#include "specattn/cpu/key_recording.hpp"
+// recompute_steps() on the CPU.
+#include "specattn/cpu/recompute_steps.hpp"
 
 #include "cpu_fixture.hpp"
 
@@ -8,18 +8,18 @@ struct key_fixture : cpu_fixture {
   static constexpr double tolerance = 5e-5;
 };
 
-#include "recompute/key_recording_cases.hpp"
+#include "recompute/steps_cases.hpp"
 
 namespace key_testing {
 
-TEST_CASE("record_keys: data out of range throws a message that names the values") {
+TEST_CASE("recompute_steps: data out of range throws a message that names the values") {
   cpu_fixture fixture;
   const std::vector<float> q(4 * 8), lse(4), keys(16 * 8);
   std::vector<float> weights(4 * 16), masses(4);
   std::vector<std::int32_t> table = {0}, lens = {9}, rows = {0}, slots = {0};
   const auto refused = [&](auto spoil, const char* part) {
     lens = {9}, rows = {0}, slots = {0};
-    specattn::key_recording_args<float> args;
+    specattn::recompute_steps_args<float> args;
     args.q = {q.data(), {1, 1, 1, 4, 8}};
     args.lse = {lse.data(), {1, 1, 1, 4}};
     args.slot_of = {slots.data(), {1, 1}};
@@ -32,10 +32,10 @@ TEST_CASE("record_keys: data out of range throws a message that names the values
     args.weights = {weights.data(), {1, 1, 1, 4, 16}};
     args.masses = {masses.data(), {1, 1, 1, 4}};
     spoil(args);
-    CHECK_THROWS_WITH_AS(specattn::record_keys(fixture.context(), args), doctest::Contains(part),
+    CHECK_THROWS_WITH_AS(specattn::recompute_steps(fixture.context(), args), doctest::Contains(part),
                          specattn::contract_error);
   };
-  using args = specattn::key_recording_args<float>;
+  using args = specattn::recompute_steps_args<float>;
   refused([&](args&) { lens[0] = -1; }, "kv_len -1");
   refused([&](args&) { lens[0] = 17; }, "kv_len 17, the recording holds 16");
   refused([&](args&) { slots[0] = 1; }, "asks by slot 1 of 1");

@@ -1,4 +1,4 @@
-// record_keys() on the CPU: tasks of a few hundred positions of one layer, sequence and kv head.
+// recompute_steps() on the CPU: tasks of a few hundred positions of one layer, sequence and kv head.
 #pragma once
 
 #include <algorithm>
@@ -6,18 +6,18 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "../key_recording.hpp"
+#include "../recompute.hpp"
 #include "context.hpp"
 #include "key_products.hpp"
 #include "lanes.hpp"
 
 namespace specattn::inline SPECATTN_CODE::detail {
 
-/// One call of record_keys().
+/// One call of recompute_steps().
 template <storage T>
-class key_recording_pass {
+class recompute_steps_pass {
  public:
-  explicit key_recording_pass(const key_recording_args<T, cpu>& a)
+  explicit recompute_steps_pass(const recompute_steps_args<T, cpu>& a)
       : a_(a), kv_heads_(a.kv.kv_heads), group_(static_cast<std::int32_t>(a.q.extent(3)) / a.kv.kv_heads) {
     scale_ = a.scale != 0.0f ? a.scale : 1.0f / std::sqrt(static_cast<float>(a.kv.head_dim));
     for (std::int32_t s = 0; s < sequences(); ++s) longest_ = (std::max)(longest_, checked_length(s));
@@ -42,17 +42,17 @@ class key_recording_pass {
 
   std::int32_t checked_length(std::int32_t s) const {
     const std::int32_t length = a_.kv_lens[s], row = cache_row(s);
-    expects(length >= 0 && length <= a_.weights.extent(4), "record_keys: sequence ", s, " has kv_len ", length,
+    expects(length >= 0 && length <= a_.weights.extent(4), "recompute_steps: sequence ", s, " has kv_len ", length,
             ", the recording holds ", a_.weights.extent(4));
     for (std::ptrdiff_t step = 0; step < a_.q.extent(0); ++step)
-      expects(a_.slot_of(step, s) < a_.q.extent(2), "record_keys: sequence ", s, " asks by slot ",
+      expects(a_.slot_of(step, s) < a_.q.extent(2), "recompute_steps: sequence ", s, " asks by slot ",
               a_.slot_of(step, s), " of ", a_.q.extent(2));
     if (length == 0) return 0;
-    expects(row >= 0 && row < a_.kv.block_table.extent(0), "record_keys: sequence ", s, " is cache row ", row, " of ",
-            a_.kv.block_table.extent(0));
+    expects(row >= 0 && row < a_.kv.block_table.extent(0), "recompute_steps: sequence ", s, " is cache row ", row,
+            " of ", a_.kv.block_table.extent(0));
     expects(a_.kv.page_shift >= 31 || (length - 1) >> a_.kv.page_shift < a_.kv.block_table.extent(1),
-            "record_keys: sequence ", s, " has ", length, " positions, its block table ", a_.kv.block_table.extent(1),
-            " pages of ", a_.kv.page_shift >= 31 ? 0 : 1 << a_.kv.page_shift);
+            "recompute_steps: sequence ", s, " has ", length, " positions, its block table ",
+            a_.kv.block_table.extent(1), " pages of ", a_.kv.page_shift >= 31 ? 0 : 1 << a_.kv.page_shift);
     return length;
   }
 
@@ -111,27 +111,19 @@ class key_recording_pass {
     a_.masses(row, layer, s, head) = sum_of_lanes(sum);
   }
 
-  const key_recording_args<T, cpu>& a_;
+  const recompute_steps_args<T, cpu>& a_;
   std::int32_t kv_heads_, group_;
   std::int32_t longest_ = 0;
   float scale_ = 1.0f;
 };
 
 template <>
-struct key_recording_impl<cpu> {
+struct recompute_steps_impl<cpu> {
   static std::size_t workspace_bytes(const context<cpu>&, std::ptrdiff_t, std::ptrdiff_t) { return 0; }
 
   template <storage T>
-  static void run(context<cpu>& ctx, const key_recording_args<T, cpu>& args) {
-    key_recording_pass<T>(args).run(ctx);
-  }
-
-  static void keep_queries(const context<cpu>&, const view<const float, 3, cpu>& q, const view<float, 3, cpu>& to) {
-    for (std::ptrdiff_t slot = 0; slot < q.extent(0); ++slot) {
-      for (std::ptrdiff_t head = 0; head < q.extent(1); ++head) {
-        for (std::ptrdiff_t d = 0; d < q.extent(2); ++d) to(slot, head, d) = q(slot, head, d);
-      }
-    }
+  static void run(context<cpu>& ctx, const recompute_steps_args<T, cpu>& args) {
+    recompute_steps_pass<T>(args).run(ctx);
   }
 };
 

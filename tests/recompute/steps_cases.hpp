@@ -1,4 +1,4 @@
-// What record_keys() promises, one claim a case, for any backend. The including file defines `key_fixture`: a backend's
+// What recompute_steps() promises, one claim a case, for any backend. The including file defines `key_fixture`: a backend's
 // fixture with `tolerance<T>`, how far a weight may be from the exact one, relative to itself.
 #pragma once
 
@@ -13,7 +13,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "specattn/key_recording.hpp"
+#include "specattn/recompute.hpp"
 
 namespace key_testing {
 
@@ -120,7 +120,7 @@ answer run(Fixture& fixture, const problem<T>& p) {
   const stored stale = specattn::from_float<stored>(-7.0f);
   const auto weights = fixture.upload(std::vector<stored>(static_cast<std::size_t>(rows * s.capacity()), stale));
   const auto masses = fixture.upload(std::vector<float>(static_cast<std::size_t>(rows)));
-  specattn::key_recording_args<T, B> args;
+  specattn::recompute_steps_args<T, B> args;
   args.q = q.shaped({s.steps, s.layers, s.slots(), s.heads(), s.head_dim});
   args.lse = lse.shaped({s.steps, s.layers, s.slots(), s.heads()});
   args.slot_of = slots.shaped({s.steps, n});
@@ -140,9 +140,10 @@ answer run(Fixture& fixture, const problem<T>& p) {
   args.scale = s.scale;
   args.weights = weights.shaped({s.rows(), s.layers, n, s.heads(), s.capacity()});
   args.masses = masses.shaped({s.rows(), s.layers, n, s.heads()});
-  fixture.context().reserve_workspace(specattn::key_recording_workspace_bytes(fixture.context(), rows, s.capacity()));
+  fixture.context().reserve_workspace(
+      specattn::recompute_steps_workspace_bytes(fixture.context(), rows, s.capacity()));
   fixture.soil_workspace();
-  specattn::record_keys(fixture.context(), args);
+  specattn::recompute_steps(fixture.context(), args);
   answer found;
   for (const stored x : fixture.download(weights))
     found.weights.push_back(double{specattn::to_float(x)} * double{specattn::recorded_unit<B>});
@@ -196,7 +197,7 @@ void equals_definition_in_all_storage(Fixture& fixture, const shape& s) {
   equals_definition<Fixture, fp8_e4m3>(fixture, s);
 }
 
-TEST_CASE_TEMPLATE("record_keys: prefixes of any length, their mean over steps and each step's rows", Fixture,
+TEST_CASE_TEMPLATE("recompute_steps: prefixes of any length, their mean over steps and each step's rows", Fixture,
                    key_fixture) {
   Fixture fixture;
   for (const bool each : {false, true}) {
@@ -209,7 +210,7 @@ TEST_CASE_TEMPLATE("record_keys: prefixes of any length, their mean over steps a
   }
 }
 
-TEST_CASE_TEMPLATE("record_keys: any steps, group and head_dim, in every storage, contiguous and paged", Fixture,
+TEST_CASE_TEMPLATE("recompute_steps: any steps, group and head_dim, in every storage, contiguous and paged", Fixture,
                    key_fixture) {
   Fixture fixture;
   for (const std::int32_t group : {1, 2, 4, 7, 8, 12}) {
@@ -225,7 +226,7 @@ TEST_CASE_TEMPLATE("record_keys: any steps, group and head_dim, in every storage
   }
 }
 
-TEST_CASE_TEMPLATE("record_keys: ragged batches, empty prefixes, and a sequence that asked nothing in a step",
+TEST_CASE_TEMPLATE("recompute_steps: ragged batches, empty prefixes, and a sequence that asked nothing in a step",
                    Fixture, key_fixture) {
   Fixture fixture;
   shape s{.steps = 4, .layers = 3, .kv_lens = {700, 0, 41, 1, 2260}, .group = 2, .room = 61, .scale = 0.2f};
@@ -235,7 +236,7 @@ TEST_CASE_TEMPLATE("record_keys: ragged batches, empty prefixes, and a sequence 
   }
 }
 
-TEST_CASE_TEMPLATE("record_keys: keys at any address", Fixture, key_fixture) {
+TEST_CASE_TEMPLATE("recompute_steps: keys at any address", Fixture, key_fixture) {
   Fixture fixture;
   for (const std::int32_t shift : {1, 4, 8}) {
     CAPTURE(shift);
@@ -262,7 +263,7 @@ answer far_above(Fixture& fixture, const std::vector<float>& above) {
 }
 
 TEST_CASE_TEMPLATE(
-    "record_keys: a score far above its log-sum-exp weighs exp of that, up to the largest stored number", Fixture,
+    "recompute_steps: a score far above its log-sum-exp weighs exp of that, up to the largest stored number", Fixture,
     key_fixture) {
   Fixture fixture;
   const bool on_cpu = std::is_same_v<typename Fixture::backend, specattn::cpu>;
@@ -297,7 +298,7 @@ TEST_CASE_TEMPLATE(
   check(bf16{});
 }
 
-TEST_CASE_TEMPLATE("record_keys: the same numbers every time", Fixture, key_fixture) {
+TEST_CASE_TEMPLATE("recompute_steps: the same numbers every time", Fixture, key_fixture) {
   Fixture fixture;
   const problem<bf16> p({.kv_lens = {4100, 2500}, .group = 8});
   const answer first = run(fixture, p);
@@ -314,13 +315,13 @@ TEST_CASE_TEMPLATE("keep_queries: every slot's queries, and nothing behind them"
   std::vector<float> numbers(3 * 2 * 4);
   for (std::size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<float>(i + 1);
   const auto q = fixture.upload(numbers), kept = fixture.upload(std::vector<float>(4 * 8, -1.0f));
-  specattn::detail::key_recording_impl<B>::keep_queries(fixture.context(), q.shaped({3, 2, 4}),
-                                                        kept.shaped({4, 2, 4}));
+  specattn::detail::attend_impl<B>::keep_queries(fixture.context(), q.shaped({3, 2, 4}),
+                                                          kept.shaped({4, 2, 4}));
   numbers.resize(4 * 8, -1.0f);
   CHECK(fixture.download(kept) == numbers);
 }
 
-TEST_CASE_TEMPLATE("record_keys: misuse throws a message that names the values", Fixture, key_fixture) {
+TEST_CASE_TEMPLATE("recompute_steps: misuse throws a message that names the values", Fixture, key_fixture) {
   using B = typename Fixture::backend;
   Fixture fixture;
   const auto q = fixture.upload(std::vector<float>(2 * 4 * 8)), lse = fixture.upload(std::vector<float>(8)),
@@ -330,7 +331,7 @@ TEST_CASE_TEMPLATE("record_keys: misuse throws a message that names the values",
              lens = fixture.upload(std::vector<std::int32_t>{9, 9}),
              slots = fixture.upload(std::vector<std::int32_t>{0, 0, 0});
   const auto refused = [&](auto spoil, const char* part) {
-    specattn::key_recording_args<float, B> args;
+    specattn::recompute_steps_args<float, B> args;
     args.q = q.shaped({2, 1, 1, 4, 8});
     args.lse = lse.shaped({2, 1, 1, 4});
     args.slot_of = slots.shaped({2, 1});
@@ -341,10 +342,10 @@ TEST_CASE_TEMPLATE("record_keys: misuse throws a message that names the values",
     args.weights = weights.shaped({1, 1, 1, 4, 16});
     args.masses = masses.shaped({1, 1, 1, 4});
     spoil(args);
-    CHECK_THROWS_WITH_AS(specattn::record_keys(fixture.context(), args), doctest::Contains(part),
+    CHECK_THROWS_WITH_AS(specattn::recompute_steps(fixture.context(), args), doctest::Contains(part),
                          specattn::contract_error);
   };
-  using args = specattn::key_recording_args<float, B>;
+  using args = specattn::recompute_steps_args<float, B>;
   refused([](args& a) { a.kv.kv_heads = 3; }, "4 q_heads over 3 kv_heads");
   refused([](args& a) { a.kv.head_dim = 16; }, "q has head_dim 8 of stride 1, the cache 16");
   refused([&](args& a) { a.slot_of = slots.shaped({3, 1}); }, "slot_of [3, 1] and 0 cache_rows for 2 steps of 1 seq");
