@@ -315,8 +315,7 @@ TEST_CASE_TEMPLATE("keep_queries: every slot's queries, and nothing behind them"
   std::vector<float> numbers(3 * 2 * 4);
   for (std::size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<float>(i + 1);
   const auto q = fixture.upload(numbers), kept = fixture.upload(std::vector<float>(4 * 8, -1.0f));
-  specattn::detail::attend_impl<B>::keep_queries(fixture.context(), q.shaped({3, 2, 4}),
-                                                          kept.shaped({4, 2, 4}));
+  specattn::detail::attend_impl<B>::keep_queries(fixture.context(), q.shaped({3, 2, 4}), kept.shaped({4, 2, 4}));
   numbers.resize(4 * 8, -1.0f);
   CHECK(fixture.download(kept) == numbers);
 }
