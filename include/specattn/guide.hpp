@@ -65,6 +65,36 @@ struct round_state {
   }
 };
 
+/// A guide that remembers something of its texts, or needs scratch: a decoder keeps that in a `G::memory` of its own, which
+/// it makes without arguments, and passes it to every hook as the last argument, so that one guide serves several decoders,
+/// on several threads. needs() and metadata_rows() never take it; no other hook is called without it.
+template <class G>
+concept guide_with_memory = requires {
+  typename G::memory;
+};
+
+namespace detail {
+
+template <class G, class T, class B>
+concept takes_memory_before_verify = requires(G& g, typename G::memory& memory, context<B>& ctx,
+                                              round_state<T, B>& round) {
+  g.before_verify(ctx, round, memory);
+};
+
+template <class G, class T, class B>
+concept takes_memory_before_layer = requires(G& g, typename G::memory& memory, context<B>& ctx,
+                                             round_state<T, B>& round, std::int32_t layer,
+                                             view<const float, 3, B> q) {
+  g.before_layer(ctx, round, layer, q, memory);
+};
+
+/// What a decoder needs of a guide with memory: to make the memory, and a hook that decides and takes it.
+template <class G, class T, class B>
+concept decides_with_memory = std::default_initializable<typename G::memory> &&
+    (takes_memory_before_verify<G, T, B> || takes_memory_before_layer<G, T, B>);
+
+}  // namespace detail
+
 /// A guide's hooks. The loop overrides what before_verify decided for sequences marked dense and for the first
 /// `dense_layers`.
 /// - prepare(setup): allocates, and refuses what it cannot guide
@@ -75,17 +105,22 @@ struct round_state {
 /// - after_verify(ctx, round): accepted counts are known
 /// - forget(cache_row): the row's sequence has ended; whatever was remembered of it is void
 /// - metadata_rows(kv_len): cache rows' worth of bytes it reads a (layer, kv head) besides what it keeps
+///
+/// A guide_with_memory takes its memory in before_verify or in before_layer, where it decides. On cuda, whose rounds are
+/// captured, decoders take no_guide and draft_guide<cuda> alone, and say so.
 template <class G, class T, class B = cpu>
-concept guide = requires(G& g, const G& constant, context<B>& ctx, const guide_setup& setup, round_state<T, B>& round,
-                         std::int32_t layer, view<const float, 3, B> q, std::int32_t kv_len) {
+concept guide = requires(G& g, const G& constant, context<B>& ctx, const context<B>& constant_ctx,
+                         const guide_setup& setup, round_state<T, B>& round, std::int32_t layer,
+                         view<const float, 3, B> q, std::int32_t kv_len) {
   g.prepare(setup);
   { constant.needs() } -> std::same_as<guide_needs>;
-  { constant.workspace_bytes(ctx) } -> std::convertible_to<std::size_t>;
+  { constant.workspace_bytes(constant_ctx) } -> std::convertible_to<std::size_t>;
   g.before_verify(ctx, round);
   g.before_layer(ctx, round, layer, q);
   g.after_verify(ctx, round);
   g.forget(kv_len);
   { constant.metadata_rows(kv_len) } -> std::convertible_to<std::int64_t>;
+  requires !guide_with_memory<G> || detail::decides_with_memory<G, T, B>;
 };
 
 /// Hooks that do nothing, for guides to inherit.
@@ -104,13 +139,6 @@ struct idle_guide {
   void after_verify(Context&, Round&) {}
   void forget(std::int32_t) {}
   std::int64_t metadata_rows(std::int32_t) const { return 0; }
-};
-
-/// A guide that remembers something of its texts, or needs scratch: a decoder keeps that in a `G::memory` of its own and
-/// passes it to every hook as the last argument, so that one guide serves several decoders, on several threads.
-template <class G>
-concept guide_with_memory = requires {
-  typename G::memory;
 };
 
 namespace detail {

@@ -4,6 +4,7 @@
 #include <concepts>
 #include <cstdint>
 #include <span>
+#include <type_traits>
 
 #include "backend.hpp"
 #include "view.hpp"
@@ -42,9 +43,9 @@ struct forward_batch<cuda> {
 /// The seam between a model and this library, called once a layer.
 /// q [slots, q_heads, head_dim] and k, v [slots, kv_heads, head_dim] are rotated and hold the pass's new rows only;
 /// `out` [slots, q_heads, head_dim] is overwritten. The attention owns the cache and decides what is read.
-template <class A, class B>
-concept layer_attention = requires(A& attention, std::int32_t layer, view<const float, 3, B> in,
-                                   view<float, 3, B> out) {
+template <class A, class B = cpu>
+concept layer_attention = requires(A& attention, const std::int32_t& layer, const view<const float, 3, B>& in,
+                                   const view<float, 3, B>& out) {
   attention(layer, in, in, in, out);
 };
 
@@ -62,11 +63,12 @@ struct attention_archetype {
 }  // namespace detail
 
 /// forward() evaluates the batch, calling attention(layer, q, k, v, out) for layers 0, 1, … in order, and writes
-/// logits [logit_rows, vocab]. It keeps no state between calls: the cache is the attention's.
+/// logits [logit_rows, vocab]. It keeps no state between calls: the cache is the attention's. shape() returns a model_shape,
+/// or a reference to one.
 template <class M, class B = cpu>
 concept language_model = requires(M& model, const M& constant, context<B>& ctx, const forward_batch<B>& batch,
-                                  detail::attention_archetype<B>& attention, view<float, 2, B> logits) {
-  { constant.shape() } -> std::convertible_to<model_shape>;
+                                  detail::attention_archetype<B>& attention, const view<float, 2, B>& logits) {
+  requires std::same_as<std::remove_cvref_t<decltype(constant.shape())>, model_shape>;
   model.forward(ctx, batch, attention, logits);
 };
 
