@@ -61,7 +61,8 @@ void for_each_group(std::string_view groups, const std::string& root, const std:
     const std::string controllers = ',' + std::string(line.substr(first + 1, second - first - 1)) + ',';
     const int version = controllers == ",," ? 2 : 1;
     if (version == 1 && controllers.find(',' + controller + ',') == std::string::npos) continue;
-    const std::string mount = version == 2 ? root : root + '/' + controller;
+    std::string mount = root;
+    if (version == 1) mount.append("/").append(controller);
     std::string path(line.substr(second + 1));
     if (path == "/") path.clear();
     for (;;) {
