@@ -137,6 +137,38 @@ def houses_are_entered_by_their_faces(files):
                 yield path, line, f"includes {name}: enter {house[2]}/ through its face, cuda/{house[2]}.cuh"
 
 
+EXAMPLE = "examples/mini_llm/"
+EXAMPLE_FLOORS = ("", "text", "model", "cuda", "commands")  # a file at the root serves all; main.cpp uses all
+
+
+@rule(
+    catches=[
+        {EXAMPLE + "text/bpe.hpp": '#include "model/llama.hpp"', EXAMPLE + "model/llama.hpp": ""},
+        {EXAMPLE + "mapped_file.hpp": '#include "text/bpe.hpp"', EXAMPLE + "text/bpe.hpp": ""},
+        {EXAMPLE + "model/llama.cpp": '#include "commands/report.hpp"', EXAMPLE + "commands/report.hpp": ""},
+    ],
+    passes=[
+        {EXAMPLE + "model/llama.cpp": '#include "text/bpe.hpp"', EXAMPLE + "text/bpe.hpp": ""},
+        {EXAMPLE + "main.cpp": '#include "commands/report.hpp"', EXAMPLE + "commands/report.hpp": ""},
+        {EXAMPLE + "text/bpe.cpp": '#include "bpe.hpp"', EXAMPLE + "text/bpe.hpp": ""},
+    ],
+)
+def the_example_includes_down(files):
+    floor = {name: number for number, name in enumerate(EXAMPLE_FLOORS)}
+    for path, text in files.items():
+        inside = path.removeprefix(EXAMPLE)
+        if inside == path or inside == "main.cpp":
+            continue
+        own = inside.rpartition("/")[0]
+        if own not in floor:
+            yield path, 1, f"no floor {own}/ in EXAMPLE_FLOORS"
+            continue
+        for line, how, name in includes(text):
+            folder = name.rpartition("/")[0] if EXAMPLE + name in files else own
+            if how == '"' and floor[folder] > floor[own]:
+                yield path, line, f"includes {name}: {folder}/ stands above {own or 'the root'}"
+
+
 @rule(
     catches=[
         {"include/specattn/attend.hpp": '#include "cpu/attend.hpp"'},
