@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention_pass.hpp"
 #include "buffer.hpp"
 #include "decode_state.hpp"
 #include "kv_cache.hpp"
