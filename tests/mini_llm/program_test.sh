@@ -131,9 +131,13 @@ limit=300000 # KiB of addresses; a program with the GPU's libraries needs more t
 until (ulimit -v $limit && exec "$program" --version) >/dev/null 2>&1 || [[ $limit -gt 20000000 ]]; do
   limit=$((limit + 200000))
 done
-(ulimit -v $((limit + 300000)) && exec "$program" generate "${small[@]}" "$copy" -n 1000000) >"$out" 2>"$err" || status=$?
-[[ $status -eq 1 && ! -s $out ]] && grep -qE "may take [0-9]+ MiB of memory.*can be had.*-c" "$err" ||
-  fail "a run that the memory cannot hold is refused before it begins (exit code $status)"
+if [[ $limit -gt 20000000 ]]; then
+  echo "not tried: a run that the memory cannot hold (under the address sanitizer no program starts with a limit)"
+else
+  (ulimit -v $((limit + 300000)) && exec "$program" generate "${small[@]}" "$copy" -n 1000000) >"$out" 2>"$err" || status=$?
+  [[ $status -eq 1 && ! -s $out ]] && grep -qE "may take [0-9]+ MiB of memory.*can be had.*-c" "$err" ||
+    fail "a run that the memory cannot hold is refused before it begins (exit code $status)"
+fi
 
 copy=$(copy_of books-1m)
 sed -i 's/"max_position_embeddings": 4096/"max_position_embeddings": 128/' "$copy/config.json"

@@ -1,6 +1,8 @@
 // recompute_steps() on the CPU.
 #include "specattn/cpu/recompute_steps.hpp"
 
+#include "specattn/cpu/attend.hpp"  // keep_queries
+
 #include "cpu_fixture.hpp"
 
 struct key_fixture : cpu_fixture {

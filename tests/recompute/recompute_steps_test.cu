@@ -1,6 +1,8 @@
 // recompute_steps() on the device: the CPU's cases, and that a graph follows lengths.
 #include "specattn/cuda/recompute.cuh"
 
+#include "specattn/cuda/attend.cuh"  // keep_queries
+
 #include "cuda_fixture.cuh"
 #include "cuda_replay.cuh"
 

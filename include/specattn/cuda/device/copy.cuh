@@ -12,6 +12,8 @@
 
 namespace specattn::inline SPECATTN_CODE::detail {
 
+#if defined(__CUDACC__)  // not on the emulated device of the tests
+
 /// The shared-memory address of a generic pointer, as the instructions take it.
 __device__ inline std::uint32_t shared_address(const void* p) {
   return static_cast<std::uint32_t>(__cvta_generic_to_shared(p));
@@ -28,7 +30,9 @@ __device__ __forceinline__ void copy_16_bytes(std::uint32_t to, const void* from
                "r"(bytes), "l"(policy)
                : "memory");
 }
-/// All 16 bytes. The emulated device copies at once.
+#endif
+
+/// Copies 16 bytes to shared memory asynchronously; the emulated device at once.
 __device__ __forceinline__ void copy_16_bytes(void* to, const void* from) {
 #if defined(__CUDA_ARCH__)
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from) : "memory");
@@ -36,6 +40,15 @@ __device__ __forceinline__ void copy_16_bytes(void* to, const void* from) {
   *static_cast<uint4*>(to) = *static_cast<const uint4*>(from);
 #endif
 }
+
+/// Waits until this thread's copies have arrived, closed or not.
+__device__ __forceinline__ void await_all_copies() {
+#if defined(__CUDA_ARCH__)
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+#if defined(__CUDACC__)
 
 /// How long the L2 keeps what is copied: `again` says that somebody reads it once more.
 __device__ __forceinline__ std::uint64_t copy_policy(bool again) {
@@ -52,13 +65,6 @@ template <int Open>
 __device__ __forceinline__ void await_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(Open) : "memory");
 }
-/// Waits until this thread's copies have arrived, closed or not.
-__device__ __forceinline__ void await_all_copies() {
-#if defined(__CUDA_ARCH__)
-  asm volatile("cp.async.wait_all;" ::: "memory");
-#endif
-}
-
 /// Stores what is read again soon: the L2 keeps it for longer than what is only read.
 __device__ __forceinline__ void store_for_soon(float* to, float x) {
   std::uint64_t policy;
@@ -72,5 +78,7 @@ __device__ __forceinline__ std::int32_t read_now(const std::int32_t* from) {
   asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
   return x;
 }
+
+#endif
 
 }  // namespace specattn::inline SPECATTN_CODE::detail
