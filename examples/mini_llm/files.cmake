@@ -4,15 +4,19 @@ if(TARGET mini_llm_files)
   return()
 endif()
 add_library(mini_llm_files STATIC
+  ${CMAKE_CURRENT_LIST_DIR}/gguf_file.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/gguf_value.cpp
   ${CMAKE_CURRENT_LIST_DIR}/json_document.cpp
   ${CMAKE_CURRENT_LIST_DIR}/mapped_file.cpp
   ${CMAKE_CURRENT_LIST_DIR}/model/config_fields.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/model/gguf_model.cpp
   ${CMAKE_CURRENT_LIST_DIR}/model/model_config.cpp
   ${CMAKE_CURRENT_LIST_DIR}/model/model_files.cpp
   ${CMAKE_CURRENT_LIST_DIR}/model/safetensors.cpp
   ${CMAKE_CURRENT_LIST_DIR}/model/unread_weights.cpp
   ${CMAKE_CURRENT_LIST_DIR}/text/bpe.cpp
   ${CMAKE_CURRENT_LIST_DIR}/text/byte_alphabet.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/text/gguf_tokenizer.cpp
   ${CMAKE_CURRENT_LIST_DIR}/text/split_pattern.cpp
   ${CMAKE_CURRENT_LIST_DIR}/text/stream_decoder.cpp
   ${CMAKE_CURRENT_LIST_DIR}/text/token_finder.cpp

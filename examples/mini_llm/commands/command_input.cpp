@@ -38,7 +38,8 @@ std::string print(const char* format, ...) {
 }
 
 void add_pair_flags(CLI::App& command, session_options& options) {
-  command.add_option("-m,--model", options.model, "target: a Hugging Face directory; default: the embedded one");
+  command.add_option("-m,--model", options.model,
+                     "target: a Hugging Face directory or a GGUF file; default: the embedded one");
   command.add_option("--md,--model-draft,--draft-model", options.draft,
                      "draft (or -md); default with the embedded target: its own");
   add_integer(command, "-t,--threads", options.threads, 0, 1024,

@@ -10,6 +10,7 @@
 #include <system_error>
 #include <utility>
 
+#include "gguf_file.hpp"
 #include "input_error.hpp"
 #include "json_document.hpp"
 #include "memory_limit.hpp"
@@ -21,22 +22,22 @@ namespace {
 
 std::string reason_of(int error) { return std::generic_category().message(error); }
 
-/// Names what is wrong with a path that is no directory, or one that holds another format.
-void require_model_directory(const std::filesystem::path& path) {
-  constexpr const char* wanted = "a directory with config.json, tokenizer.json and model.safetensors is";
+/// Names what is wrong with a path that is neither a GGUF file nor a directory, or a directory that holds one.
+void require_model(const std::filesystem::path& path) {
+  if (is_gguf_file(path)) return;
   std::error_code ignored;
   const bool is_directory = std::filesystem::is_directory(path, ignored);
-  if (!is_directory && path.extension() == ".gguf") {
-    throw input_error(path.string(), "GGUF files are not read; " + std::string(wanted));
-  }
   if (!is_directory && std::filesystem::exists(path, ignored)) {
-    throw input_error(path.string(), "is a file; " + std::string(wanted) + " expected");
+    throw input_error(path.string(),
+                      "is a file, and no GGUF file; that or a directory with config.json, tokenizer.json and "
+                      "model.safetensors is expected");
   }
-  if (!is_directory) throw input_error(path.string() + ": no such model directory");
+  if (!is_directory) throw input_error(path.string() + ": no such model directory or GGUF file");
   if (std::filesystem::exists(path / "config.json", ignored)) return;
   for (const auto& entry : std::filesystem::directory_iterator(path, ignored)) {
     if (entry.path().extension() != ".gguf") continue;
-    throw input_error(entry.path().string(), "GGUF files are not read; " + std::string(wanted));
+    throw input_error(path.string(),
+                      "has no config.json; a GGUF file is a model by itself: give " + entry.path().string());
   }
 }
 
@@ -54,7 +55,7 @@ std::vector<std::int32_t> loaded_model::encode(std::string_view text) const {
 }
 
 loaded_model open_model(const std::filesystem::path& directory) {
-  require_model_directory(directory);
+  require_model(directory);
   model_config config = load_model_config(directory);
   return {directory, std::move(config), tokenizer::load(directory), nullptr};
 }

@@ -1,4 +1,4 @@
-// A model directory, ready to run: configuration, tokenizer and, for the CPU, weights.
+// A model directory or GGUF file, ready to run: configuration, tokenizer and, for the CPU, weights.
 #pragma once
 
 #include <filesystem>
@@ -14,7 +14,7 @@
 namespace mini_llm {
 
 struct loaded_model {
-  std::filesystem::path directory;
+  std::filesystem::path directory;  ///< or GGUF file
   model_config config;
   tokenizer words;
   std::unique_ptr<llama> model;  ///< null: the weights are left for the GPU
@@ -28,7 +28,7 @@ struct loaded_model {
 /// The most tokens one pass of a model takes here: a prefill chunk, or a verify pass that refreshes.
 inline constexpr std::int32_t max_slots = 256;
 
-/// Reads config.json and tokenizer.json of a Hugging Face directory.
+/// Reads config.json and tokenizer.json of a Hugging Face directory, or the metadata of a GGUF file.
 /// \throws input_error naming the file and what is wrong with it
 loaded_model open_model(const std::filesystem::path& directory);
 

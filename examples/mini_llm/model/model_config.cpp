@@ -5,6 +5,8 @@
 #include <system_error>
 
 #include "config_fields.hpp"
+#include "gguf_file.hpp"
+#include "gguf_model.hpp"
 #include "input_error.hpp"
 #include "json_document.hpp"
 #include "mapped_file.hpp"
@@ -14,14 +16,6 @@ namespace {
 
 constexpr std::size_t max_config_bytes = 16U << 20;
 
-// Generous for every published model; together they keep products far below 2^63.
-constexpr std::int64_t max_layers = 1024;
-constexpr std::int64_t max_hidden = 1 << 18;
-constexpr std::int64_t max_ffn = 1 << 20;
-constexpr std::int64_t max_heads = 1024;
-constexpr std::int64_t max_head_dim = 1024;
-constexpr std::int64_t max_vocab = 1 << 22;
-constexpr std::int64_t max_positions = 1 << 26;
 constexpr std::size_t max_token_ids = 256;  // that end a text; real models have up to five
 
 std::int64_t count_or(const json_field& root, std::string_view name, std::int64_t high, std::int64_t absent) {
@@ -202,6 +196,7 @@ model_config parse_model_config(std::string_view config_text, std::string_view g
 }
 
 model_config load_model_config(const std::filesystem::path& directory) {
+  if (is_gguf_file(directory)) return read_gguf_config(gguf_file::open(directory));
   const std::filesystem::path config_path = directory / "config.json";
   const std::filesystem::path generation_path = directory / "generation_config.json";
   const mapped_file config(config_path, max_config_bytes);

@@ -8,6 +8,15 @@
 
 namespace mini_llm {
 
+// Generous for every published model; together they keep products far below 2^63.
+inline constexpr std::int64_t max_layers = 1024;
+inline constexpr std::int64_t max_hidden = 1 << 18;
+inline constexpr std::int64_t max_ffn = 1 << 20;
+inline constexpr std::int64_t max_heads = 1024;
+inline constexpr std::int64_t max_head_dim = 1024;
+inline constexpr std::int64_t max_vocab = 1 << 22;
+inline constexpr std::int64_t max_positions = 1 << 26;
+
 /// How the angles of rotary position embedding depend on the position.
 enum class rope_scaling {
   none,    ///< position * theta^(-2i / head_dim)
@@ -23,6 +32,7 @@ struct rope_config {
   double low_freq_factor = 1.0;
   double high_freq_factor = 4.0;
   std::int64_t original_max_context = 0;  ///< positions
+  std::vector<double> divisors{};         ///< of the frequencies, [head_dim / 2]; empty: none
 };
 
 /// Shape and constants of a model of the Llama family. Every count is positive, and small enough
@@ -56,7 +66,7 @@ struct model_config {
 model_config parse_model_config(std::string_view config_text, std::string_view generation_text = {},
                                 std::string_view source = "config.json");
 
-/// Reads config.json and, when there, generation_config.json of a model directory.
+/// Reads config.json and, when there, generation_config.json of a model directory, or the metadata of a GGUF file.
 /// \throws input_error
 model_config load_model_config(const std::filesystem::path& directory);
 

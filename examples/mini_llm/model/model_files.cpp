@@ -6,6 +6,8 @@
 #include <system_error>
 #include <utility>
 
+#include "gguf_file.hpp"
+#include "gguf_model.hpp"
 #include "input_error.hpp"
 #include "json_document.hpp"
 
@@ -71,7 +73,8 @@ shard_number number_of(const std::string& file) {
     if (kind == ".gguf" || kind == ".bin" || kind == ".pth" || kind == ".pt" || kind == weights_suffix) {
       problem += "; " + file +
                  (kind == weights_suffix ? " is no name that is looked for"
-                                         : " is of a format that is not read (safetensors is)");
+                  : kind == ".gguf"      ? " is a model by itself: give that file's path"
+                                         : " is of a format that is not read (safetensors and GGUF are)");
       break;
     }
   }
@@ -142,6 +145,13 @@ std::optional<std::size_t> first_non_finite(const stored_tensor& tensor) {
 model_files model_files::open(const std::filesystem::path& directory) {
   model_files files;
   files.directory_ = directory;
+  if (is_gguf_file(directory)) {
+    const gguf_file file = gguf_file::open(directory);
+    auto tensors = gguf_weights(file, read_gguf_config(file));
+    files.shards_.push_back(safetensors_file::of(std::move(tensors), file.mapping(), file.source()));
+    files.gather_tensors();
+    return files;
+  }
   if (is_there(directory / adapter_name)) {
     throw input_error((directory / adapter_name).string(),
                       "an adapter beside the weights is not read; merge it into them first");
@@ -220,8 +230,15 @@ std::vector<std::string> model_files::names() const {
 }
 
 void model_files::check_finite() const {
+  std::vector<std::byte> decoded;
   for (const auto& [tensor_name, shard] : shard_of_) {
-    const stored_tensor& tensor = *shards_[shard].find(tensor_name);
+    const stored_tensor& stored = *shards_[shard].find(tensor_name);
+    stored_tensor tensor = stored;
+    if (stored.decode) {
+      decoded.resize(stored.size() * size_bytes(stored.type));
+      stored.decode(0, stored.shape.front(), decoded);
+      tensor = {stored.type, {}, decoded};
+    }
     if (const auto element = first_non_finite(tensor)) {
       throw input_error(shards_[shard].source(), "tensor " + in_quotes(tensor_name) + ": element " +
                                                      std::to_string(*element) + " of " +

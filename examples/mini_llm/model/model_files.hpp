@@ -25,10 +25,11 @@ shard_index parse_shard_index(std::string_view text, std::string_view source);
 
 /// The weights of a Hugging Face model directory: model.safetensors or, when that is absent,
 /// model.safetensors.index.json and the shards it names, or without an index all shards
-/// model-00001-of-0000N.safetensors. Files stay mapped while this lives.
+/// model-00001-of-0000N.safetensors. Or those of a GGUF file, under Hugging Face's names and in bf16 (see gguf_weights()).
+/// Files stay mapped while this lives.
 class model_files {
  public:
-  /// \param directory a model directory
+  /// \param directory a model directory or a GGUF file
   /// \throws input_error when there are no weights, when a file is malformed, when two hold one tensor, and for an
   ///         adapter beside the weights
   static model_files open(const std::filesystem::path& directory);

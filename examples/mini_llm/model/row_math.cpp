@@ -63,6 +63,7 @@ std::vector<double> rope_frequencies(const rope_config& rope, std::int64_t head_
       const double share = std::clamp(kept, 0.0, 1.0);
       frequency *= share + (1.0 - share) / rope.factor;
     }
+    if (!rope.divisors.empty()) frequency /= rope.divisors[i];
   }
   return frequencies;
 }

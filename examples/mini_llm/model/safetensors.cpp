@@ -126,18 +126,6 @@ void refuse_overlaps(const safetensors_file::tensor_map& tensors, std::string_vi
   }
 }
 
-float float_from_f16(std::uint16_t half) {
-  const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000U) << 16;
-  const std::uint32_t exponent = (half >> 10) & 0x1fU;
-  const std::uint32_t fraction = half & 0x3ffU;
-  if (exponent == 0) {  // zero or subnormal: fraction * 2^-24 is exact in float
-    const float magnitude = static_cast<float>(fraction) * 0x1p-24F;
-    return sign != 0 ? -magnitude : magnitude;
-  }
-  const std::uint32_t wide = exponent == 31 ? 0xffU : exponent + (127 - 15);
-  return std::bit_cast<float>(sign | (wide << 23) | (fraction << 13));
-}
-
 template <class Bits, class Convert>
 void convert_each(std::span<const std::byte> bytes, std::span<float> out, Convert convert) {
   for (std::size_t i = 0; i < out.size(); ++i) {
@@ -152,6 +140,13 @@ void convert_each(std::span<const std::byte> bytes, std::span<float> out, Conver
 std::size_t size_bytes(dtype type) noexcept { return facts(type).size_bytes; }
 
 std::string_view name(dtype type) noexcept { return facts(type).name; }
+
+std::size_t stored_tensor::size() const noexcept {
+  if (!decode) return bytes.size() / size_bytes(type);
+  std::int64_t count = 1;  // of a shape whose elements a file had room for
+  for (const std::int64_t extent : shape) count *= extent;
+  return static_cast<std::size_t>(count);
+}
 
 std::string shape_text(std::span<const std::int64_t> shape) {
   std::string text = "[";
@@ -213,6 +208,15 @@ safetensors_file safetensors_file::parse(std::span<const std::byte> file, std::s
 safetensors_file safetensors_file::open(const std::filesystem::path& path) {
   auto mapping = std::make_shared<const mapped_file>(path);
   safetensors_file result = parse(mapping->bytes(), path.string());
+  result.mapping_ = std::move(mapping);
+  return result;
+}
+
+safetensors_file safetensors_file::of(tensor_map tensors, std::shared_ptr<const mapped_file> mapping,
+                                      std::string_view source) {
+  safetensors_file result;
+  result.source_ = source;
+  result.tensors_ = std::move(tensors);
   result.mapping_ = std::move(mapping);
   return result;
 }

@@ -1,8 +1,10 @@
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
 #include <span>
@@ -38,9 +40,26 @@ struct stored_tensor {
   std::string type_text{};           ///< the type as the file spells it; empty where no file is
   std::string source{};              ///< name of the file, for messages; empty where no file is
 
+  /// Where it is set, `bytes` are no elements of `type` but another form of as many rows, each as long as the others:
+  /// decode(first, rows, out) writes the elements of rows [first, first + rows) of `shape` to `out`.
+  std::function<void(std::int64_t, std::int64_t, std::span<std::byte>)> decode{};
+
   /// Number of elements; a dimension of zero gives zero.
-  std::size_t size() const noexcept { return bytes.size() / size_bytes(type); }
+  std::size_t size() const noexcept;
 };
+
+/// A number of IEEE binary16, exactly.
+inline float float_from_f16(std::uint16_t half) noexcept {
+  const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000U) << 16;
+  const std::uint32_t exponent = (half >> 10) & 0x1fU;
+  const std::uint32_t fraction = half & 0x3ffU;
+  if (exponent == 0) {  // zero or subnormal: fraction * 2^-24 is exact in float
+    const float magnitude = static_cast<float>(fraction) * 0x1p-24F;
+    return sign != 0 ? -magnitude : magnitude;
+  }
+  const std::uint32_t wide = exponent == 31 ? 0xffU : exponent + (127 - 15);
+  return std::bit_cast<float>(sign | (wide << 23) | (fraction << 13));
+}
 
 /// Converts every element of an f32, f16 or bf16 tensor to float, exactly.
 /// \param out tensor.size() floats
@@ -65,6 +84,9 @@ class safetensors_file {
   /// Maps the file and reads it; the mapping lives as long as any copy of the result.
   /// \throws input_error
   static safetensors_file open(const std::filesystem::path& path);
+
+  /// Tensors that another format's reader found, to be asked for as those of a safetensors file are.
+  static safetensors_file of(tensor_map tensors, std::shared_ptr<const mapped_file> mapping, std::string_view source);
 
   /// All tensors, ordered by name.
   const tensor_map& tensors() const& noexcept { return tensors_; }

@@ -68,11 +68,19 @@ void read_in_chunks(const std::string& name, const stored_tensor& tensor, std::u
   hash = hash_bytes(hash, std::as_bytes(std::span(name)));
   hash = mix(hash, static_cast<std::uint64_t>(tensor.type));
   const auto rows = static_cast<std::size_t>(tensor.shape.front());
-  const std::size_t row_bytes = tensor.bytes.size() / rows;
+  const std::size_t stored_row_bytes = tensor.bytes.size() / rows;
+  const std::size_t row_bytes = tensor.size() / rows * size_bytes(tensor.type);
   const std::size_t chunk_rows = std::max<std::size_t>(1, chunk_bytes / row_bytes);
+  std::vector<std::byte> decoded;
   for (std::size_t row = 0; row < rows; row += chunk_rows) {
     const std::size_t count = std::min(chunk_rows, rows - row);
-    const stored_tensor chunk{tensor.type, {}, tensor.bytes.subspan(row * row_bytes, count * row_bytes)};
+    const auto stored = tensor.bytes.subspan(row * stored_row_bytes, count * stored_row_bytes);
+    stored_tensor chunk{tensor.type, {}, stored};
+    if (tensor.decode) {
+      decoded.resize(count * row_bytes);
+      tensor.decode(static_cast<std::int64_t>(row), static_cast<std::int64_t>(count), decoded);
+      chunk.bytes = decoded;
+    }
     if (const auto element = first_non_finite(chunk)) {
       throw input_error(tensor.source, "tensor \"" + name + "\": element " +
                                            std::to_string(row * row_bytes / size_bytes(tensor.type) + *element) +
@@ -80,8 +88,9 @@ void read_in_chunks(const std::string& name, const stored_tensor& tensor, std::u
     }
     hash = hash_bytes(hash, chunk.bytes);
     use(static_cast<std::int64_t>(row), static_cast<std::int64_t>(count), chunk.bytes);
-    release_pages(chunk.bytes);
+    release_pages(stored);
   }
+  if (tensor.decode) release_pages(tensor.bytes);  // a row may have come from beside its chunk
 }
 
 std::size_t weight_store::take(std::size_t bytes) {

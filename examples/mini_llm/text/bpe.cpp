@@ -107,7 +107,9 @@ void bpe_model::read_merges(const tokenizer_settings& settings, const vocabulary
       return *id;
     };
     const std::uint64_t key = pair_key(find(left), find(right));
-    merges_.insert_or_assign(key, merge_result{rank, find(left + right)});
+    const std::size_t place = static_cast<std::size_t>(rank);
+    const std::int32_t own = settings.merge_ranks.empty() ? rank : settings.merge_ranks[place];
+    merges_.insert_or_assign(key, merge_result{own, find(left + right)});
     if (is_crowded(merges_, key)) {
       throw input_error(source, "model.merges: merge " + std::to_string(rank) + ": more than " +
                                     std::to_string(max_bucket) + " merges collide in the hash table");

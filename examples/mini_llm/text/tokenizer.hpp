@@ -30,7 +30,10 @@ class tokenizer {
   static tokenizer parse(std::string_view text, std::string_view config_text = {},
                          std::string_view source = "tokenizer.json");
 
-  /// Reads tokenizer.json and, when there, tokenizer_config.json of a model directory.
+  /// What another reader of files made of them. \param source file name for messages \throws input_error
+  static tokenizer make(const tokenizer_settings& settings, std::string_view source) { return {settings, source}; }
+
+  /// Reads tokenizer.json and, when there, tokenizer_config.json of a model directory, or the metadata of a GGUF file.
   /// \throws input_error
   static tokenizer load(const std::filesystem::path& directory);
 
@@ -72,6 +75,9 @@ class tokenizer {
   /// The end-of-text token named by tokenizer_config.json. A model's configuration may name more.
   std::optional<std::int32_t> eos_id() const noexcept { return eos_id_; }
 
+  /// How a GGUF file writes a conversation as text, as it stands there; empty: it does not say.
+  const std::string& chat_template() const noexcept { return chat_template_; }
+
   /// What encode puts before a text when add_special is set; often one id, or none.
   std::span<const std::int32_t> prefix_ids() const noexcept { return prefix_ids_; }
 
@@ -111,6 +117,7 @@ class tokenizer {
   std::vector<std::int32_t> suffix_ids_;
   std::optional<std::int32_t> bos_id_;
   std::optional<std::int32_t> eos_id_;
+  std::string chat_template_;
 };
 
 /// The first difference between two vocabularies that makes their ids not exchangeable: a token that

@@ -9,15 +9,9 @@
 namespace mini_llm {
 namespace {
 
-// GPT-2's pattern, which ByteLevel applies when it is told to use "the" regular expression.
-constexpr std::string_view gpt2_pattern =
-    R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
-
-constexpr std::size_t max_steps = 32;          // of any one chain
-constexpr std::size_t max_step_bytes = 256;    // of what a step looks for or puts in; real ones: one character
-constexpr std::size_t max_template_ids = 64;   // around a text; real templates have one to four
-constexpr std::size_t max_token_bytes = 4096;  // of a token's spelling; real ones reach some hundreds
-constexpr std::size_t max_merges = std::size_t{1} << 21;  // the largest vocabularies have half a million
+constexpr std::size_t max_steps = 32;         // of any one chain
+constexpr std::size_t max_step_bytes = 256;   // of what a step looks for or puts in; real ones: one character
+constexpr std::size_t max_template_ids = 64;  // around a text; real templates have one to four
 
 bool flag_or(const json_field& object, std::string_view name, bool absent) {
   const auto field = object.find(name);

@@ -14,6 +14,12 @@ namespace mini_llm {
 
 /// Of an added token, raw or normalised: the search for them looks so far ahead at each place. Real ones: 60.
 inline constexpr std::size_t max_added_bytes = 512;
+inline constexpr std::size_t max_token_bytes = 4096;  ///< of a token's spelling; real ones reach some hundreds
+inline constexpr std::size_t max_merges = std::size_t{1} << 21;  ///< the largest vocabularies have half a million
+
+/// GPT-2's pattern, which ByteLevel applies when it is told to use "the" regular expression.
+inline constexpr std::string_view gpt2_pattern =
+    R"('s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+)";
 
 /// A token that is looked for in the text before anything else is done to it.
 struct added_token {
@@ -65,6 +71,7 @@ struct decoder_steps {
 struct tokenizer_settings {
   std::vector<std::pair<std::string, std::int64_t>> tokens;  ///< vocabulary without added tokens
   std::vector<std::pair<std::string, std::string>> merges;   ///< best first
+  std::vector<std::int32_t> merge_ranks;                     ///< of the merges, ascending; empty: all differ
   std::string unknown_token;                                 ///< empty: there is none
   bool byte_fallback = false;
   bool fuse_unknown = false;
@@ -79,6 +86,7 @@ struct tokenizer_settings {
   std::optional<bool> add_eos;
   std::string bos_token;  ///< empty: not named
   std::string eos_token;
+  std::string chat_template;  ///< of a GGUF file, as it stands there; empty: none
 };
 
 /// Reads the two files' texts. What is not supported (other models than BPE, other steps than
