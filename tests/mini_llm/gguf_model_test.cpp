@@ -2,6 +2,7 @@
 #include <doctest/doctest.h>
 
 #include <bit>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <string>
@@ -264,6 +265,23 @@ TEST_CASE("gguf: truncations at every byte and 10 000 mutations are refused or r
   CHECK_NOTHROW(read_model(file));
   CHECK(read_truncations(file, read_model).accepted <= 16);  // what pads the last tensor may be missing
   const damage_count count = read_mutations(file, 10'000, read_model);
+  CHECK(count.refused > 0);
+  CHECK(count.accepted > 0);
+}
+
+TEST_CASE("gguf: counts, lengths and offsets that became extreme, at every byte, are refused or read") {
+  const std::string file = tiny_model().bytes();
+  damage_count count;
+  for (const std::uint64_t value : {std::uint64_t{0}, std::uint64_t{1} << 31, std::uint64_t{1} << 32,
+                                    std::uint64_t{1} << 63, ~std::uint64_t{0}, ~std::uint64_t{0} - 31}) {
+    for (std::size_t at = 4; at + sizeof value <= file.size(); ++at) {
+      for (const std::size_t bytes : {sizeof(std::uint32_t), sizeof value}) {
+        std::string damaged = file;
+        std::memcpy(damaged.data() + at, &value, bytes);
+        read_damaged(damaged, read_model, count);
+      }
+    }
+  }
   CHECK(count.refused > 0);
   CHECK(count.accepted > 0);
 }

@@ -1,18 +1,21 @@
 """Writes the golden files of the GGUF tests, by the package `gguf` and by numpy alone.
 
-    pip install gguf==0.19.0 numpy
+    pip install gguf==0.19.0 numpy sentencepiece==0.2.3
     python make_gguf.py              # from anywhere; writes gguf_*.gguf and gguf_*.safetensors here
 
 gguf_blocks.safetensors: for each type of tensor random and extreme blocks (U8) and what gguf.quants.dequantize makes of
 them (F32). gguf_types.gguf: a model of two layers with random weights, in which each type occurs;
-gguf_types.safetensors: some tokens and the logits that float64 arithmetic gives for them, weights rounded to bf16.
+gguf_types.safetensors: some tokens and the logits that float64 arithmetic gives for them, weights rounded to bf16. gguf_sentencepiece.json: a small
+SentencePiece vocabulary as a GGUF file keeps it, and what the package `sentencepiece` makes of the texts of encodings.json.
 """
 
+import io
 import json
 import pathlib
 
 import gguf
 import numpy as np
+import sentencepiece
 from gguf import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
 
@@ -183,7 +186,30 @@ def logits_of(weights, ids):
     return norm(x, weights["output_norm"]) @ weights["output"].T
 
 
+def write_sentencepiece(path):
+    corpus = (here / "../../golden/sampled.txt").read_text(encoding="utf-8")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(corpus.splitlines()), model_writer=model, model_type="bpe", vocab_size=600,
+        byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=True,
+        split_digits=True, minloglevel=2)
+    words = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    ids = range(words.get_piece_size())
+
+    def kind(i):
+        return 2 if words.is_unknown(i) else 3 if words.is_control(i) else 6 if words.is_byte(i) else 1
+
+    texts = {case["text"] for case in json.loads((here / "encodings.json").read_text())["llama2"]}
+    texts = sorted(t for t in texts if t and not any(mark in t for mark in ("<s>", "</s>", "<unk>", "<mark>")))
+    content = {
+        "tokens": [words.id_to_piece(i) for i in ids], "scores": [words.get_score(i) for i in ids],
+        "token_type": [kind(i) for i in ids],
+        "encodings": [{"text": t, "ids": words.encode(t), "decoded": words.decode(words.encode(t))} for t in texts]}
+    path.write_text(json.dumps(content, separators=(",", ":")) + "\n")
+
+
 def main():
+    write_sentencepiece(here / "gguf_sentencepiece.json")
     blocks = {}
     for kind in TYPES:
         data = golden_blocks(kind)
