@@ -69,6 +69,66 @@ def hostile():
     }
 
 
+def gguf_text(text):
+    return struct.pack("<Q", len(text.encode())) + text.encode()
+
+
+def gguf(values, tensors=()):
+    """Metadata from Python's types; tensors as (name, shape from the innermost, type, bytes)."""
+
+    def value(v):
+        if isinstance(v, bool):
+            return 7, struct.pack("<B", v)
+        if isinstance(v, int):
+            return 4, struct.pack("<I", v)
+        if isinstance(v, float):
+            return 6, struct.pack("<f", v)
+        if isinstance(v, str):
+            return 8, gguf_text(v)
+        elements = [(5, struct.pack("<i", e)) if isinstance(e, int) else value(e) for e in v]
+        return 9, struct.pack("<IQ", elements[0][0], len(elements)) + b"".join(e for _, e in elements)
+
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(values))
+    for key, v in values.items():
+        kind, content = value(v)
+        head += gguf_text(key) + struct.pack("<I", kind) + content
+    data = b""
+    for name, shape, kind, content in tensors:
+        head += gguf_text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape) + struct.pack("<IQ", kind, len(data))
+        data += content + bytes(-len(content) % 32)
+    return head + bytes(-len(head) % 32) + data
+
+
+def gguf_files():
+    """A vocabulary of each kind, a model of 16-bit weights and one of blocks of the smaller kinds."""
+    words = {"tokenizer.ggml.tokens": ["<unk>", "a", "b", "ab", "<0x0A>", "\u2581", "<s>", "c|"],
+             "tokenizer.ggml.token_type": [2, 1, 1, 1, 6, 1, 3, 4], "tokenizer.ggml.bos_token_id": 6,
+             "tokenizer.ggml.eos_token_id": 0, "tokenizer.chat_template": "{{ m }}"}
+    byte_level = {**words, "tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "smollm", "tokenizer.ggml.merges": ["a b"]}
+    scored = {**words, "tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [0.0, -1.0, -1.0, -2.0, 0.0, -3.0, 0.0, -4.0],
+              "tokenizer.ggml.add_space_prefix": True}
+
+    def model(hidden, types):
+        shape = {"general.architecture": "llama", "llama.block_count": 1, "llama.context_length": 64,
+                 "llama.embedding_length": hidden, "llama.feed_forward_length": hidden, "llama.attention.head_count": 2,
+                 "llama.attention.head_count_kv": 2, "llama.attention.layer_norm_rms_epsilon": 1e-5,
+                 "llama.rope.freq_base": 1e4, "llama.rope.dimension_count": hidden // 2}
+        sizes = {1: 2, 2: 18 / 32, 3: 20 / 32, 6: 22 / 32, 7: 24 / 32, 8: 34 / 32}
+        names = ["blk.0." + n for n in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")]
+        tensors = [("token_embd.weight", [hidden, 8], 1, bytes(range(16)) * hidden)]
+        for i, name in enumerate(names):
+            kind = types[i % len(types)]
+            tensors.append((name + ".weight", [hidden, hidden], kind, bytes([1, 42]) * int(hidden * hidden * sizes[kind] / 2)))
+        for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
+            tensors.append((name + ".weight", [hidden], 0, struct.pack("<f", 1.0) * hidden))
+        return shape, tensors
+
+    small, halves = model(4, [1])
+    large, blocks = model(32, [2, 3, 6, 7, 8])
+    return {"byte_level": gguf(byte_level), "scored": gguf(scored), "halves": gguf({**small, **byte_level}, halves),
+            "blocks": gguf({**large, **scored, "llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}, blocks)}
+
+
 def main():
     two = struct.pack("<2f", 1.0, -2.0)
     write("safetensors", "types", safetensors({
@@ -90,13 +150,15 @@ def main():
     names = {"add_bos_token": True, "bos_token": {"content": "<s>"}, "add_eos_token": False, "eos_token": "</s>"}
     text = "\0Hello <s>w\u00f6rld</s> it's 12  \n<mark> \U0001f600"
     for path in sorted(data.glob("*.json")):
-        if path.name != "encodings.json":
+        if path.name != "encodings.json" and not path.name.startswith("gguf_"):
             tokenizer = json.loads(path.read_text())
             has_marks = "<s>" in tokenizer["model"]["vocab"]
             write("tokenizer", path.stem, shrunk(tokenizer, 6) + "\0" + (json.dumps(names) if has_marks else "{}") + text)
     for name, tokenizer in hostile().items():
         content = json.dumps(tokenizer, ensure_ascii=False, separators=(",", ":"))
         write("tokenizer", "hostile_" + name, content + "\0{}\0a a|a_" + "a" * 300 + "z a|")
+    for name, content in gguf_files().items():
+        write("gguf", name, content)
 
 
 main()

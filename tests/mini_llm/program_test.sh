@@ -111,7 +111,10 @@ refuses "an alignment that would replace a pipe" "pipe: is no regular file" cali
 [[ -z $(find "$scratch" -name "*.partial") ]] || fail "trying an output leaves nothing behind"
 
 printf 'GGUF' >"$scratch/model.gguf"
-refuses "a .gguf file" "model.gguf: GGUF files are not read" generate -m "$scratch/model.gguf" "${short[@]}"
+refuses "a GGUF file that is cut short" "model.gguf: version: 4 bytes are needed" generate -m "$scratch/model.gguf" "${short[@]}"
+refuses "a directory that holds one" "give $scratch/model.gguf" generate -m "$scratch" "${short[@]}"
+types=$2/tests/mini_llm/data/gguf_types.gguf
+succeeds "a GGUF file as target and draft" generate -m "$types" --md "$types" --guide none -p ABC --temp 0 -n 8 --ignore-eos
 copy=$(copy_of books-1m)
 printf 'version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 9\n' >"$copy/model.safetensors"
 refuses "weights that Git LFS has not fetched" "model.safetensors: is a Git LFS pointer.*git lfs pull" \
