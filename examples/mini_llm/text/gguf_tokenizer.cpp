@@ -21,8 +21,8 @@ enum token_kind : std::int32_t { normal = 1, unknown = 2, control = 3, user_defi
 constexpr std::string_view word_mark = "\u2581";
 constexpr std::int64_t no_token = 0xffffffff;  // -1 in 32 bits
 constexpr std::size_t max_scored_bytes = 128;  // of a token that merges make; SentencePiece's have up to 64
-constexpr std::size_t max_lookups = std::size_t{1}
-                                    << 26;  // of halves of tokens; a vocabulary of 256000 needs four million
+// Places in which tokens can be cut in two, each looked up; a vocabulary of 256000 tokens has four million.
+constexpr std::size_t max_lookups = std::size_t{1} << 24;
 constexpr std::size_t max_template_bytes = std::size_t{1} << 20;
 
 constexpr std::string_view digit = R"(\p{N})";
