@@ -10,7 +10,7 @@
 #include "input_error.hpp"
 #include "model/gguf_model.hpp"
 #include "text/gguf_tokenizer.hpp"
-#include "tokenizer.hpp"
+#include "text/tokenizer.hpp"
 
 namespace {
 

@@ -11,9 +11,9 @@
 #include "damaged_input.hpp"
 #include "gguf_file.hpp"
 #include "input_error.hpp"
-#include "llama.hpp"
-#include "loaded_model.hpp"
-#include "model_files.hpp"
+#include "model/llama.hpp"
+#include "model/loaded_model.hpp"
+#include "model/model_files.hpp"
 #include "plain_attention.hpp"
 
 using namespace mini_llm;

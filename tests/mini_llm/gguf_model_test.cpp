@@ -14,9 +14,9 @@
 #include "input_error.hpp"
 #include "model/gguf_blocks.hpp"
 #include "model/gguf_model.hpp"
-#include "model_files.hpp"
+#include "model/model_files.hpp"
 #include "text/gguf_tokenizer.hpp"
-#include "tokenizer.hpp"
+#include "text/tokenizer.hpp"
 
 using namespace mini_llm;
 

@@ -12,9 +12,9 @@
 #include "gguf_builder.hpp"
 #include "gguf_file.hpp"
 #include "input_error.hpp"
-#include "stream_decoder.hpp"
 #include "text/gguf_tokenizer.hpp"
-#include "tokenizer.hpp"
+#include "text/stream_decoder.hpp"
+#include "text/tokenizer.hpp"
 
 using namespace mini_llm;
 using ids = std::vector<std::int32_t>;
