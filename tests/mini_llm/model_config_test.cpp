@@ -101,7 +101,7 @@ TEST_CASE("model_config: other kinds of rope scaling are read or refused by name
   CHECK(linear.rope.factor == 4.0);
   CHECK(with("/rope_scaling", nullptr).rope.scaling == rope_scaling::none);
   refused("/rope_scaling", {{"type", "dynamic"}, {"factor", 2.0}}, {"rope_scaling.type", "dynamic"});
-  refused("/rope_scaling/rope_type", "yarn", {"rope_scaling.rope_type", "yarn"});
+  refused("/rope_scaling/rope_type", "longrope", {"rope_scaling.rope_type", "longrope"});
   refused("/rope_scaling/factor", 0.0, {"rope_scaling.factor", "0.0"});
   refused("/rope_scaling/factor", nullptr, {"factor", "missing"});
   refused("/rope_scaling/high_freq_factor", 1.0, {"high_freq_factor", "low_freq_factor"});
@@ -166,21 +166,22 @@ TEST_CASE("model_config: a sliding window limits the context, up to which it cha
 }
 
 TEST_CASE("model_config: what would change the arithmetic is refused by name and value") {
-  refused("/architectures", {"Qwen2ForCausalLM"}, {"architectures", "Qwen2ForCausalLM"});
+  refused("/architectures", {"Qwen2MoeForCausalLM"}, {"architectures", "Qwen2MoeForCausalLM"});
   refused("/architectures", json::array(), {"architectures", "none"});
   refused("/attention_bias", true, {"attention_bias"});
   refused("/mlp_bias", true, {"mlp_bias"});
   refused("/hidden_act", "gelu", {"hidden_act", "gelu"});
   CHECK(with("/hidden_act", "swish").layers == 16);  // silu by its other name
-  refused("/model_type", "qwen2", {"model_type", "qwen2"});
+  refused("/model_type", "qwen2_moe", {"model_type", "qwen2_moe"});
   refused("/quantization_config", {{"bits", 4}}, {"quantization_config"});
   refused("/tie_word_embeddings", "yes", {"tie_word_embeddings", "yes"});
 }
 
 TEST_CASE("model_config: fields that nobody reads are refused where they would change the arithmetic") {
-  for (const char* name : {"bias", "qkv_bias", "use_bias", "lm_head_bias", "attention_out_bias", "qk_norm",
-                           "use_qk_norm", "qk_layernorm", "use_post_norm", "parallel_attn", "alibi", "use_logn_attn",
-                           "use_dynamic_ntk", "rope_interleaved", "use_parallel_residual", "add_cross_attention"}) {
+  for (const char* name :
+       {"bias", "qkv_bias", "use_bias", "lm_head_bias", "attention_out_bias", "qk_norm", "use_qk_norm",
+        "qk_layernorm", "use_post_norm", "parallel_attn", "alibi", "use_logn_attn", "use_dynamic_ntk", "use_mrope",
+        "rope_interleaved", "use_parallel_residual", "add_cross_attention"}) {
     const std::string pointer = std::string("/") + name;
     refused(pointer.c_str(), true, {name, "true"});
     CHECK(with(pointer.c_str(), false).layers == 16);

@@ -5,6 +5,7 @@
 
 #include "input_error.hpp"
 #include "mapped_file.hpp"
+#include "model/device_support.hpp"
 #include "model/memory_limit.hpp"
 #include "specattn/alignment_json.hpp"
 
@@ -82,7 +83,9 @@ void load_models(session& made, const session_options& options) {
   const bool embedded = options.model.empty();
   const bool on_device = is_cuda(options.device);
   const auto load = [&](const std::filesystem::path& directory) {
-    return std::make_unique<loaded_model>(on_device ? open_model(directory) : load_model(directory));
+    auto loaded = std::make_unique<loaded_model>(on_device ? open_model(directory) : load_model(directory));
+    if (on_device) require_device_model(loaded->config, directory.string());
+    return loaded;
   };
   made.target = load(embedded ? embedded_models() / "books-7m" : options.model);
   // A target of the user's own and no draft: plain decoding.

@@ -8,6 +8,7 @@
 #include <span>
 #include <utility>
 
+#include "model/device_support.hpp"
 #include "model/unread_weights.hpp"
 #include "model/weight_store.hpp"
 #include "specattn/random.hpp"
@@ -85,6 +86,7 @@ class device_weights::layout {
 };
 
 device_weights::device_weights(const model_config& config) : layers_(static_cast<std::size_t>(config.layers)) {
+  require_device_model(config, "device_llama");
   expects(config.hidden % 8 == 0 && config.ffn % 8 == 0 && config.head_dim % 8 == 0, "device_llama: hidden ",
           config.hidden, ", ffn ", config.ffn, " and head_dim ", config.head_dim,
           " must be multiples of 8: rows are read 16 bytes at a time");

@@ -42,7 +42,7 @@ constexpr std::string_view switch_words[] = {
 
 /// Words that stand for a factor, which 1 switches off; 0 does not.
 constexpr std::string_view factor_words[] = {"multiplier", "scale", "scales",  "scaling", "scalar", "factor",
-                                             "mscale",     "pct",   "percent", "rotary",  "rope"};
+                                             "mscale",     "pct",   "percent", "rotary",  "rope",   "mrope"};
 
 /// Words of norms: a number is an epsilon and harmless, a kind or a switch is not.
 constexpr std::string_view norm_words[] = {"norm", "norms", "layernorm", "normalization"};

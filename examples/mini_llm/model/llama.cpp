@@ -37,10 +37,13 @@ void for_rows(context<cpu>& ctx, std::int64_t rows, const Body& body) {
   });
 }
 
+void add(float* to, const float* values, std::int64_t size) {
+  for (std::int64_t i = 0; i < size; ++i) to[i] += values[i];
+}
+
 /// Adds 64 outputs to a row that is as long as the panels are.
 void add_to(float* row, std::int64_t panel, const float* values) {
-  float* const to = row + panel * packed_matrix::panel_outputs;
-  for (std::int64_t i = 0; i < packed_matrix::panel_outputs; ++i) to[i] += values[i];
+  add(row + panel * packed_matrix::panel_outputs, values, packed_matrix::panel_outputs);
 }
 
 }  // namespace
@@ -110,6 +113,15 @@ void llama::plan_layer(const model_config& config, weight_store& store, std::int
              {{prefix + "self_attn.q_proj.weight", q_size, {}},
               {prefix + "self_attn.k_proj.weight", kv_size, {q_size}},
               {prefix + "self_attn.v_proj.weight", kv_size, {q_size + kv_size}}});
+  if (config.query_key_value_biases) {
+    store.plan(weights.query_bias, q_size, prefix + "self_attn.q_proj.bias");
+    store.plan(weights.key_bias, kv_size, prefix + "self_attn.k_proj.bias");
+    store.plan(weights.value_bias, kv_size, prefix + "self_attn.v_proj.bias");
+  }
+  if (config.query_key_norms) {
+    store.plan(weights.query_gain, config.head_dim, prefix + "self_attn.q_norm.weight");
+    store.plan(weights.key_gain, config.head_dim, prefix + "self_attn.k_norm.weight");
+  }
   store.plan(weights.output, config.hidden, q_size, {{prefix + "self_attn.o_proj.weight", config.hidden, {}}});
   store.plan(weights.feed_forward_gain, config.hidden, prefix + "post_attention_layernorm.weight");
   constexpr std::int64_t panel = packed_matrix::panel_outputs;
@@ -173,7 +185,8 @@ void llama::embed(context<cpu>& ctx, const specattn::forward_batch<>& batch) {
     } else {
       std::fill_n(row(plan_.residual, r), config_.hidden, 0.0f);  // see show_vocab()
     }
-    rope_angles(frequencies_, batch.positions[slot], row(plan_.cosines, r), row(plan_.sines, r));
+    rope_angles(frequencies_, batch.positions[slot], row(plan_.cosines, r), row(plan_.sines, r),
+                config_.rope.attention_factor);
     rms_norm(row(plan_.residual, r), weights_.layers.front().attention_gain, config_.rms_norm_eps, config_.hidden,
              row(plan_.normed, r));
   });
@@ -186,13 +199,24 @@ void llama::make_queries_keys_values(context<cpu>& ctx, std::int32_t layer, std:
             std::memcpy(row(plan_.heads, r) + panel * packed_matrix::panel_outputs, values,
                         packed_matrix::panel_outputs * sizeof(float));
           });
-  const std::int64_t rotated_heads = config_.q_heads + config_.kv_heads;
-  for_rows(ctx, slots, [&](std::int64_t r) {
-    for (std::int64_t head = 0; head < rotated_heads; ++head) {
-      rotate_head(row(plan_.heads, r) + head * config_.head_dim, row(plan_.cosines, r), row(plan_.sines, r),
-                  config_.head_dim / 2);
-    }
-  });
+  for_rows(ctx, slots, [&](std::int64_t r) { finish_heads(weights, r); });
+}
+
+void llama::finish_heads(const layer_weights& weights, std::int64_t slot) {
+  const std::int64_t dim = config_.head_dim;
+  float* const queries = row(plan_.heads, slot);
+  float* const keys = queries + config_.q_heads * dim;
+  if (weights.query_bias != nullptr) {
+    add(queries, weights.query_bias, config_.q_heads * dim);
+    add(keys, weights.key_bias, config_.kv_heads * dim);
+    add(keys + config_.kv_heads * dim, weights.value_bias, config_.kv_heads * dim);
+  }
+  for (std::int64_t head = 0; head < config_.q_heads + config_.kv_heads; ++head) {
+    float* const values = queries + head * dim;
+    const float* const gain = head < config_.q_heads ? weights.query_gain : weights.key_gain;
+    if (gain != nullptr) rms_norm(values, gain, config_.rms_norm_eps, dim, values);
+    rotate_head(values, row(plan_.cosines, slot), row(plan_.sines, slot), dim / 2);
+  }
 }
 
 void llama::check_keys_values(const specattn::forward_batch<>& batch, std::int32_t layer) const {

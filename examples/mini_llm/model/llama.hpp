@@ -85,6 +85,11 @@ class llama {
   struct layer_weights {
     const float* attention_gain = nullptr;  ///< [hidden]
     packed_matrix queries_keys_values;      ///< q heads, k heads, v heads
+    const float* query_bias = nullptr;      ///< [q heads * head_dim]; null, as the next two: none
+    const float* key_bias = nullptr;        ///< [kv heads * head_dim]
+    const float* value_bias = nullptr;      ///< [kv heads * head_dim]
+    const float* query_gain = nullptr;      ///< [head_dim]; null, as the next: no norm
+    const float* key_gain = nullptr;        ///< [head_dim]
     packed_matrix output;
     const float* feed_forward_gain = nullptr;  ///< [hidden]
     packed_matrix gate_up;                     ///< each panel: 32 outputs of gate, then the same 32 of up
@@ -114,6 +119,8 @@ class llama {
   void check(const specattn::forward_batch<>& batch, specattn::view<float, 2> logits) const;
   void embed(specattn::context<specattn::cpu>& ctx, const specattn::forward_batch<>& batch);
   void make_queries_keys_values(specattn::context<specattn::cpu>& ctx, std::int32_t layer, std::int64_t slots);
+  /// What stands between a row's products and its keys and queries: biases, norms of heads, rotation.
+  void finish_heads(const layer_weights& weights, std::int64_t slot);
   void check_keys_values(const specattn::forward_batch<>& batch, std::int32_t layer) const;
   void keep_rows(std::span<const std::int32_t> rows);
   void finish_layer(specattn::context<specattn::cpu>& ctx, std::int32_t layer, std::int64_t slots);

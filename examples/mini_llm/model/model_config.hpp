@@ -22,13 +22,23 @@ enum class rope_scaling {
   none,    ///< position * theta^(-2i / head_dim)
   linear,  ///< the same at position / factor
   llama3,  ///< low frequencies divided by factor, a smooth passage, high frequencies kept
+  yarn,    ///< the same, the passage straight over the pairs' indices (arXiv 2309.00071)
 };
 
-/// Rotary position embedding; the fields below `factor` are meant for llama3 only.
+/// YaRN's own constants: turns in the original context from which a pair is kept, and up to which it is divided.
+struct yarn_ramp {
+  double fast = 32.0;
+  double slow = 1.0;
+  bool whole_pairs = true;  ///< the passage begins and ends at whole indices
+};
+
+/// Rotary position embedding; the fields below `ramp` are meant for llama3 only, the last for yarn too.
 struct rope_config {
   double theta = 10000.0;
   rope_scaling scaling = rope_scaling::none;
   double factor = 1.0;
+  double attention_factor = 1.0;  ///< on cosines and sines, so on queries and keys alike; yarn's alone
+  yarn_ramp ramp;
   double low_freq_factor = 1.0;
   double high_freq_factor = 4.0;
   std::int64_t original_max_context = 0;  ///< positions
@@ -48,6 +58,8 @@ struct model_config {
   std::int64_t max_context = 0;                ///< positions, at most those of the sliding window
   std::optional<std::int64_t> sliding_window;  ///< positions, where that is what limits max_context
   double rms_norm_eps = 1e-6;
+  bool query_key_value_biases = false;  ///< Qwen2
+  bool query_key_norms = false;         ///< RMS norms of each head's queries and keys before rotation: Qwen3
   rope_config rope;
   bool tie_word_embeddings = false;
   std::optional<std::int32_t> bos_id;
@@ -56,10 +68,10 @@ struct model_config {
 
 /// Reads config.json's text, and generation_config.json's over it (begin and end tokens only).
 ///
-/// Accepted: LlamaForCausalLM, and MistralForCausalLM within its sliding window. What would change
-/// the arithmetic and is not supported (biases, activations other than silu, other kinds of rope
-/// scaling, factors, soft caps, quantised weights; see refuse_unread_fields()) is refused by name;
-/// other unknown fields are ignored.
+/// Accepted: LlamaForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM and MistralForCausalLM, within a sliding window where
+/// there is one. What would change the arithmetic and is not supported (biases other than Qwen2's, activations other
+/// than silu, other kinds of rope scaling, factors, soft caps, quantised weights; see refuse_unread_fields()) is
+/// refused by name; other unknown fields are ignored.
 /// \param generation_text may be empty: no such file
 /// \param source          file name of config.json for messages
 /// \throws input_error naming the field and its value

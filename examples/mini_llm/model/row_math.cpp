@@ -49,8 +49,38 @@ void rotate_head(float* x, const float* cosines, const float* sines, std::int64_
   }
 }
 
+namespace {
+
+/// How much of each pair's own frequency YaRN keeps: all of the fast pairs', none of the slow ones'.
+std::vector<double> yarn_shares(const rope_config& rope, std::int64_t head_dim) {
+  // The index of the pair, not whole, that turns so often in the original context.
+  const auto pair_of = [&](double turns) {
+    return static_cast<double>(head_dim) *
+           std::log(static_cast<double>(rope.original_max_context) / (turns * 2.0 * std::numbers::pi)) /
+           (2.0 * std::log(rope.theta));
+  };
+  double first = pair_of(rope.ramp.fast);
+  double last = pair_of(rope.ramp.slow);
+  if (rope.ramp.whole_pairs) {
+    first = std::floor(first);
+    last = std::ceil(last);
+  }
+  first = std::max(first, 0.0);
+  last = std::min(last, static_cast<double>(head_dim - 1));
+  if (first == last) last += 0.001;  // as everybody does
+  std::vector<double> shares(static_cast<std::size_t>(head_dim / 2));
+  for (std::size_t i = 0; i < shares.size(); ++i) {
+    shares[i] = 1.0 - std::clamp((static_cast<double>(i) - first) / (last - first), 0.0, 1.0);
+  }
+  return shares;
+}
+
+}  // namespace
+
 std::vector<double> rope_frequencies(const rope_config& rope, std::int64_t head_dim) {
   std::vector<double> frequencies(static_cast<std::size_t>(head_dim / 2));
+  std::vector<double> kept_shares;
+  if (rope.scaling == rope_scaling::yarn) kept_shares = yarn_shares(rope, head_dim);
   for (std::size_t i = 0; i < frequencies.size(); ++i) {
     double& frequency = frequencies[i];
     frequency = std::pow(rope.theta, -2.0 * static_cast<double>(i) / static_cast<double>(head_dim));
@@ -62,17 +92,20 @@ std::vector<double> rope_frequencies(const rope_config& rope, std::int64_t head_
       const double kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor);
       const double share = std::clamp(kept, 0.0, 1.0);
       frequency *= share + (1.0 - share) / rope.factor;
+    } else if (rope.scaling == rope_scaling::yarn) {
+      frequency *= kept_shares[i] + (1.0 - kept_shares[i]) / rope.factor;
     }
     if (!rope.divisors.empty()) frequency /= rope.divisors[i];
   }
   return frequencies;
 }
 
-void rope_angles(std::span<const double> frequencies, std::int32_t position, float* cosines, float* sines) {
+void rope_angles(std::span<const double> frequencies, std::int32_t position, float* cosines, float* sines,
+                 double factor) {
   for (std::size_t i = 0; i < frequencies.size(); ++i) {
     const double angle = static_cast<double>(position) * frequencies[i];
-    cosines[i] = static_cast<float>(std::cos(angle));
-    sines[i] = static_cast<float>(std::sin(angle));
+    cosines[i] = static_cast<float>(factor * std::cos(angle));
+    sines[i] = static_cast<float>(factor * std::sin(angle));
   }
 }
 

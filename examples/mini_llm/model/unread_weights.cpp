@@ -44,9 +44,9 @@ std::string reason(const std::string& name, const model_config& config) {
     return "config.json has num_hidden_layers " + std::to_string(config.layers);
   }
   if (contains(name, "lora_")) return "adapters are not supported; merge them into the weights first";
-  if (name.ends_with("bias")) return "biases are not supported";
+  if (name.ends_with("bias")) return "biases are not supported, but for Qwen2's of queries, keys and values";
   if (contains(name, "norm"))
-    return "norms other than those before attention, feed-forward and head are not supported";
+    return "norms other than those before attention, feed-forward and head, and Qwen3's of heads, are not supported";
   if (contains(name, "scale") || contains(name, "zero") || contains(name, "quant")) {
     return "quantised weights are not supported";
   }
