@@ -17,6 +17,7 @@ add_library(mini_llm_files STATIC
   ${CMAKE_CURRENT_LIST_DIR}/text/bpe.cpp
   ${CMAKE_CURRENT_LIST_DIR}/text/byte_alphabet.cpp
   ${CMAKE_CURRENT_LIST_DIR}/text/gguf_tokenizer.cpp
+  ${CMAKE_CURRENT_LIST_DIR}/text/nfc.cpp
   ${CMAKE_CURRENT_LIST_DIR}/text/split_pattern.cpp
   ${CMAKE_CURRENT_LIST_DIR}/text/stream_decoder.cpp
   ${CMAKE_CURRENT_LIST_DIR}/text/token_finder.cpp

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "input_error.hpp"
+#include "nfc.hpp"
 #include "tokenizer_file.hpp"
 
 namespace mini_llm {
@@ -65,12 +66,14 @@ inline std::string replace_all(std::string_view text, std::string_view from, std
 }
 
 /// The stretch after all the steps; it counts as kept.
-/// \throws input_error when it is past the limit after any of them
+/// \throws input_error when it is past the limit after any of them, and see require_nfc()
 inline std::string normalize(const std::vector<normalizer_step>& steps, std::string_view stretch,
                              growth_limit& limit) {
   std::string text(stretch);
   for (const normalizer_step& step : steps) {
-    if (step.prepend) {
+    if (step.nfc) {
+      require_nfc(text);
+    } else if (step.prepend) {
       limit.check(text.size() + step.to.size());
       text.insert(0, step.to);
     } else {

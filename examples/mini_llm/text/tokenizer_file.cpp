@@ -61,6 +61,8 @@ void read_normalizer(const json_field& root, tokenizer_settings& settings) {
       settings.normalizer.push_back({true, {}, step_text(step.at("prepend"))});
     } else if (type == "Replace") {
       settings.normalizer.push_back({false, plain_pattern(step), step_text(step.at("content"))});
+    } else if (type == "NFC") {
+      settings.normalizer.push_back({false, {}, {}, true});
     } else {
       refuse_kind(step, "a normalizer");
     }

@@ -31,11 +31,13 @@ struct added_token {
   bool special = false;             ///< carries no text: skipped in decoding on request
 };
 
-/// One step of normalising: puts `to` in front of the text, or replaces every `from` by `to`.
+/// One step of normalising: puts `to` in front of the text, or replaces every `from` by `to`, or wants it in the normal
+/// form C.
 struct normalizer_step {
   bool prepend = false;
   std::string from;
   std::string to;
+  bool nfc = false;
 };
 
 /// A regular expression that cuts the text (see split_pattern).
