@@ -197,12 +197,12 @@ TEST_CASE("families: shards as Transformers writes them: a missing one, and one 
   std::filesystem::copy(source_path(families + "qwen2"), copy);
   const auto message = [&] { return refusal([&] { mini_llm::model_files::open(copy); }); };
   CHECK(message() == "accepted");
-  const auto second = copy / "model-00002-of-00003.safetensors";
-  std::filesystem::copy_file(copy / "model-00003-of-00003.safetensors", second,
+  const auto second = copy / "model-00002-of-00002.safetensors";
+  std::filesystem::copy_file(copy / "model-00001-of-00002.safetensors", second,
                              std::filesystem::copy_options::overwrite_existing);
-  check_refused(message(), {"index.json", "is said to be in \"model-00002-of-00003.safetensors\""});
+  check_refused(message(), {"index.json", "is said to be in \"model-00002-of-00002.safetensors\""});
   std::filesystem::remove(second);
-  check_refused(message(), {"model-00002-of-00003.safetensors", "cannot open"});
+  check_refused(message(), {"model-00002-of-00002.safetensors", "cannot open"});
   std::filesystem::remove_all(copy);
 }
 
