@@ -285,6 +285,14 @@ TEST_CASE("model_config: every truncation is refused; 3000 mutations are refused
   const damage_count count = read_mutations(text, 3000, read);
   CHECK(count.refused > 0);
   CHECK(count.accepted > 0);
+  json yarn = good();
+  yarn["rope_scaling"] = {{"rope_type", "yarn"},
+                          {"factor", 4.0},
+                          {"beta_fast", 32},
+                          {"mscale", 0.7},
+                          {"original_max_position_embeddings", 8192},
+                          {"mscale_all_dim", 1.0}};
+  CHECK(read_mutations(yarn.dump(), 3000, read).accepted > 0);
   read_mutations(R"({"bos_token_id": 1, "eos_token_id": [2, 3]})", 1000,
                  [&](std::string_view damaged) { parse_model_config(text, damaged); });
 }
