@@ -12,7 +12,7 @@
 
 namespace specattn::inline SPECATTN_CODE::detail {
 
-#if defined(__CUDACC__)  // not on the emulated device of the tests
+#if defined(__NVCC__)  // not on the emulated device of the tests
 
 /// The shared-memory address of a generic pointer, as the instructions take it.
 __device__ inline std::uint32_t shared_address(const void* p) {
@@ -48,7 +48,7 @@ __device__ __forceinline__ void await_all_copies() {
 #endif
 }
 
-#if defined(__CUDACC__)
+#if defined(__NVCC__)
 
 /// How long the L2 keeps what is copied: `again` says that somebody reads it once more.
 __device__ __forceinline__ std::uint64_t copy_policy(bool again) {
