@@ -235,7 +235,6 @@ class record_tile {
       staged[lane() % 4 * keys + at] = from_float<fp16>(weight);
       weights[j] = 0.0f;
     }
-#pragma unroll
     sum = over_lanes<4, 32>(sum, sum_of{});
     if (lane() < 4) sums_[(column * warps + warp()) * 8 + lane() * 2 + e] += sum;
     __syncwarp();
