@@ -205,12 +205,12 @@ TEST_CASE("model variants: a context or window that the run would leave is refus
   CHECK(paired.text == run(alone(source_path("examples/models/books-7m"))).text);
 }
 
-TEST_CASE("model variants: another format, a file for a directory and Git LFS pointers are named") {
+TEST_CASE("model variants: a cut GGUF file, another file for a model and Git LFS pointers are named") {
   const model_copy copy;
   const auto message = [&](const std::filesystem::path& model) { return refused(alone(model)); };
   copy.write("other.gguf", "GGUF");
-  CHECK(message(copy.path() / "other.gguf").find("GGUF files are not read") != std::string::npos);
-  CHECK(message(copy.path() / "config.json").find("is a file; a directory") != std::string::npos);
+  CHECK(message(copy.path() / "other.gguf").find("is the file cut short?") != std::string::npos);
+  CHECK(message(copy.path() / "config.json").find("is a file, and no GGUF file") != std::string::npos);
   const std::string pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:0f\nsize 2525440\n";
   for (const char* file : {"model.safetensors", "tokenizer.json", "config.json", "tokenizer_config.json"}) {
     const model_copy cloned;
@@ -218,7 +218,7 @@ TEST_CASE("model variants: another format, a file for a directory and Git LFS po
     CHECK(message(cloned.path()).find(std::string(file) + ": is a Git LFS pointer") != std::string::npos);
   }
   std::filesystem::remove(copy.path() / "config.json");
-  CHECK(message(copy.path()).find("other.gguf: GGUF files are not read") != std::string::npos);
+  CHECK(message(copy.path()).find("has no config.json; a GGUF file is a model by itself") != std::string::npos);
   mini_llm::session_options options = pair_with(source_path("examples/models/books-1m"));
   copy.write("alignment.json", pointer);
   options.alignment = copy.path() / "alignment.json";
