@@ -1,7 +1,7 @@
 # Compiles every header under INCLUDE with COMPILER and FLAGS and reports all that fail. KIND:
 #   alone      each .hpp in a file of its own, included twice
 #   together   all .hpp in one file
-#   device     each .hpp and .cuh in a .cu file of its own, device code only
+#   device     each .cuh in a .cu file of its own, and all .hpp in one; device code only
 string(REPLACE "," ";" flags "${FLAGS}")
 string(REPLACE "," ";" system_includes "${SYSTEM_INCLUDES}")
 foreach(directory IN LISTS system_includes)
@@ -28,7 +28,7 @@ endif()
 file(REMOVE_RECURSE ${SCRATCH})
 foreach(header IN LISTS headers)
   string(REGEX REPLACE "[/.]" "_" name ${header})
-  if(KIND STREQUAL "together")
+  if(KIND STREQUAL "together" OR (KIND STREQUAL "device" AND header MATCHES "\\.hpp$"))
     set(name every_header)
     file(APPEND ${SCRATCH}/${name}.${extension} "#include <${header}>\n")
   else()
