@@ -15,5 +15,6 @@
 #include "cuda/recompute.cuh"
 #include "cuda/select.cuh"
 #include "cuda/verify.cuh"
+#include "decode_memory.hpp"
 #include "renamed.hpp"
 #endif

@@ -7,9 +7,9 @@
 #include <cstdint>
 #include <exception>
 #include <span>
+#include <vector>
 
 #include "decode_calls.hpp"
-#include "decode_memory.hpp"
 #include "decode_options.hpp"
 #include "decode_plan.hpp"
 #include "decode_round.hpp"
@@ -44,12 +44,13 @@ struct round_result {
 
 /// Runs rounds on a backend: owns both caches, the passes' arrays and the guide's memory, and changes nothing of a sequence
 /// but its rows of the caches. The members are
-///   even_drafts                                     a row with little room shortens the others' drafts
-///   prefill(row, text, to), prefill_draft(…)        caches a text up to position `to`, in one pass
+///   prefill(parts), prefill_draft(parts)            caches parts of texts in one pass
 ///   forget(row), publish(cache)                     the row's text has ended; pages were taken outside a round
 ///   run(plan, sequences)                            may throw; then only cached positions after a text may have changed
 ///   settle(), result(s), drafts_lost(), trace()     of a round that stands
 ///   draft_failure(), note_draft_failure(thrown), target_cache(), draft_cache()
+///   bytes(target, draft, options, sizes, needs, guided)  what it allocates
+///   force(text, losses)                             rounds draft and accept `text` and leave its losses; empty: no longer
 /// incomplete? include <specattn/specattn.hpp> (cpu) or <specattn/cuda.cuh>
 template <storage T, class Target, class Draft, class Guide, backend B>
 class round_engine;
@@ -84,13 +85,16 @@ class decoder {
   /// \throws contract_error for models that do not fit each other or the options; the message names the values
   /// \sync   cuda: waits for the device
   decoder(context<B>& ctx, Target& target, Draft& draft, Guide& guide, const decode_options& options)
-      : options_(checked(options, target.shape(), draft.shape())),
+      : options_(detail::checked_options(options, target.shape(), draft.shape(), std::same_as<B, cpu>)),
         vocab_(target.shape().vocab),
         sizes_(target.shape(), draft.shape(), options_, std::same_as<B, cpu>),
         engine_(ctx, target, draft, guide, options_, sizes_),
         sequences_(sizes_, vocab_, options_.draft_length),
-        policy_(options_, sizes_, guide.needs(), !std::same_as<Guide, no_guide>, engine::even_drafts),
-        delivery_(sizes_.sequences) {}
+        policy_(options_, sizes_, guide.needs(), !std::same_as<Guide, no_guide>),
+        delivery_(sizes_.sequences) {
+    parts_.reserve(static_cast<std::size_t>(sizes_.sequences));
+    draft_parts_.reserve(static_cast<std::size_t>(sizes_.sequences));
+  }
 
   /// Admits a sequence and prefills its prompt (both models, dense). Returns its row, which identifies it until
   /// remove(). `progress(done, total)` is called after each chunk; what it throws cancels.
@@ -103,6 +107,27 @@ class decoder {
   }
   std::int32_t add(const decode_request& request) {
     return add(request, [](std::int32_t, std::int32_t) {});
+  }
+
+  /// Admits several sequences, all or none, and returns at once: the step()s that follow cache their prompts, between the
+  /// rounds of the sequences that run. Each first takes the waiting prompts through one pass of at most prefill_chunk
+  /// tokens (of each model), those that came first foremost, several together where they fit; a sequence whose prompt is
+  /// cached joins that step's round.
+  /// \param rows out [requests]
+  void add(std::span<const decode_request> requests, std::span<std::int32_t> rows) {
+    const auto busy = calls_.enter("add()", true);
+    detail::expects(requests.size() == rows.size(), "decode: ", requests.size(), " requests, room for ", rows.size(),
+                    " rows");
+    std::size_t taken = 0;
+    detail::undo_scope undo([&] {
+      for (std::size_t i = 0; i < taken; ++i) release(rows[i]);
+    });
+    for (; taken < requests.size(); ++taken) {
+      rows[taken] = sequences_.take_row(requests[taken]);
+      detail::sequence_state& seq = sequences_.at(rows[taken]);
+      seq.active = seq.waiting = true;
+    }
+    undo.dismiss();
   }
 
   /// Admits a sequence whose prompt the caller has computed elsewhere: before the next step(), the keys and values of all
@@ -130,14 +155,15 @@ class decoder {
     engine_.forget(row);
   }
 
-  /// Runs one round for every running sequence. `on_tokens(row, tokens)` receives what each sequence emitted (valid until it
+  /// Caches a chunk of the prompts that wait, then runs one round for every sequence whose prompt is cached. `on_tokens(row, tokens)` receives what each sequence emitted (valid until it
   /// returns, or removes the row) and returns false to cancel it. Returns whether a sequence is running.
   /// \sync cuda: waits for the stream
   template <class OnTokens>
   bool step(OnTokens&& on_tokens) {
     const auto busy = calls_.enter("step()", false);
+    prefill_waiting();
     detail::round_plan& plan = policy_.plan(sequences_);
-    if (plan.rows.empty()) return false;
+    if (plan.rows.empty()) return sequences_.any_running();
     run(plan);
     commit(plan);
     policy_.learn(trace_);
@@ -156,9 +182,9 @@ class decoder {
   /// Scores a known text under the round's protocol: the first `prefill` tokens densely, the rest in rounds whose
   /// drafts are the text itself and are all accepted, so that approximate keys and values persist as in decoding.
   /// Writes -log p (natural) of every token from `prefill` on to `loss` [tokens - prefill]. No sequence may be
-  /// running. On the cpu alone.
-  decode_counts score(std::span<const std::int32_t> tokens, std::int32_t prefill,
-                      std::span<float> loss) requires std::same_as<B, cpu> {
+  /// running.
+  /// \sync cuda: waits for the stream, once a round
+  decode_counts score(std::span<const std::int32_t> tokens, std::int32_t prefill, std::span<float> loss) {
     detail::check_tokens(tokens, "score: the text", sizes_.positions, vocab_);
     const auto length = static_cast<std::int32_t>(tokens.size());
     detail::expects(prefill >= 1 && prefill < length, "score: prefill ", prefill, " is outside 1 … ", length - 1);
@@ -186,8 +212,13 @@ class decoder {
 
   std::span<const std::int32_t> text(std::int32_t row) const { return sequences_.at(row).text; }
   finish_reason finish(std::int32_t row) const { return sequences_.at(row).finish; }
+  /// Positions of a row's prompt that are not cached yet; 0: it takes part in rounds.
+  std::int32_t waiting(std::int32_t row) const {
+    const detail::sequence_state& seq = sequences_.at(row);
+    return seq.waiting ? (std::max)(1, seq.prompt_length - 1 - engine_.target_cache().length(row)) : 0;
+  }
   const decode_counts& counts(std::int32_t row) const { return sequences_.at(row).counts; }
-  /// Of the last step(). On cuda its seconds are the device's, from events between the parts of a round.
+  /// Of the last round. On cuda its seconds are the device's, from events between the parts of a round.
   const round_trace& last_round() const { return trace_; }
   const decode_options& options() const { return options_; }
   /// What adaptive rounds have learnt of costs; null where the options are not adaptive.
@@ -200,14 +231,6 @@ class decoder {
 
  private:
   using engine = detail::round_engine<T, Target, Draft, Guide, B>;
-
-  /// The options that rounds run by.
-  static decode_options checked(decode_options options, const model_shape& target, const model_shape& draft) {
-    detail::check_decode(target, draft, options, detail::decode_sizes(target, draft, options, std::same_as<B, cpu>));
-    options.prefill_chunk = (std::min)(options.prefill_chunk, target.max_slots);
-    if (options.draft_length > 0) options.prefill_chunk = (std::min)(options.prefill_chunk, draft.max_slots);
-    return options;
-  }
 
   template <class Use>
   void for_caches(Use&& use) {
@@ -241,19 +264,57 @@ class decoder {
   void prefill(std::int32_t row, Progress& progress, bool strict) {
     const std::span<const std::int32_t> text = sequences_.at(row).text;
     const auto end = static_cast<std::int32_t>(text.size()) - 1;
-    bool drafted = engine_.draft_cache() != nullptr;
     for (std::int32_t from = 0; from < end; from += options_.prefill_chunk) {
-      const std::int32_t to = (std::min)(from + options_.prefill_chunk, end);
-      engine_.prefill(row, text, to);
-      const std::int32_t reach = drafted ? (std::min)(to, sizes_.draft_cache.max_positions) : 0;
-      if (from < reach) {
-        const auto thrown = detail::attempt([&] { engine_.prefill_draft(row, text, reach); });
-        if (thrown && strict) std::rethrow_exception(thrown);
-        if (thrown) engine_.note_draft_failure(thrown);
-        drafted = !thrown;
-      }
-      progress(to, end);
+      parts_.assign({{row, text, (std::min)(from + options_.prefill_chunk, end)}});
+      run_parts(strict);
+      progress(parts_[0].to, end);
     }
+  }
+
+  /// A chunk of the prompts that wait, the oldest first. If the target throws, nothing of them has changed.
+  void prefill_waiting() {
+    parts_.clear();
+    std::int32_t room = options_.prefill_chunk;
+    for (std::int32_t row = sequences_.next_waiting(0); row >= 0 && room > 0;) {
+      const detail::sequence_state& seq = sequences_.at(row);
+      const std::int32_t from = engine_.target_cache().length(row);
+      const std::int32_t to = (std::min)(from + room, seq.prompt_length - 1);
+      if (to > from) parts_.push_back({row, seq.text, to});
+      room -= to - from;
+      row = sequences_.next_waiting(seq.ticket);
+    }
+    if (!parts_.empty()) run_parts(false);
+    for (std::int32_t row = sequences_.next_waiting(0); row >= 0;) {
+      detail::sequence_state& seq = sequences_.at(row);
+      if (engine_.target_cache().length(row) == seq.prompt_length - 1) {
+        seq.waiting = false;
+        policy_.begin_anew();
+      }
+      row = sequences_.next_waiting(seq.ticket);
+    }
+  }
+
+  /// Caches `parts_` in both caches; a draft that has not kept up with a row catches up when it drafts for it.
+  void run_parts(bool strict) {
+    draft_parts_.clear();
+    for (const detail::prefill_part& part : parts_) {
+      const std::int32_t from = engine_.target_cache().length(part.row);
+      const std::int32_t to = (std::min)(part.to, sizes_.draft_cache.max_positions);
+      if (engine_.draft_cache() != nullptr && engine_.draft_cache()->length(part.row) == from && from < to)
+        draft_parts_.push_back({part.row, part.text, to});
+    }
+    const auto give_back = [](kv_cache<T, B>& cache, const std::vector<detail::prefill_part>& parts) {
+      for (const detail::prefill_part& part : parts) cache.roll_back(part.row, cache.length(part.row));
+    };
+    detail::undo_scope undo([&] { give_back(engine_.target_cache(), parts_); });
+    engine_.prefill(parts_);
+    undo.dismiss();
+    if (draft_parts_.empty()) return;
+    const auto thrown = detail::attempt([&] { engine_.prefill_draft(draft_parts_); });
+    if (!thrown) return;
+    give_back(*engine_.draft_cache(), draft_parts_);
+    if (strict) std::rethrow_exception(thrown);
+    engine_.note_draft_failure(thrown);
   }
 
   /// A round that throws has not been: the caches hold no more than the texts, and nothing else of a text was touched.
@@ -302,6 +363,7 @@ class decoder {
   engine engine_;
   detail::sequence_table sequences_;
   detail::round_policy policy_;
+  std::vector<detail::prefill_part> parts_, draft_parts_;  // of the prefill pass that runs
   round_trace trace_;
   detail::call_guard calls_;
   detail::token_delivery delivery_;

@@ -2,43 +2,21 @@
 #pragma once
 
 #include <concepts>
-#include <cstddef>
-#include <cstdint>
 
-#include "decode_options.hpp"
-#include "decode_state.hpp"
-#include "guide.hpp"
-#include "kv_cache.hpp"
-#include "model.hpp"
-#include "query_memory.hpp"
-#include "selection.hpp"
+#include "decode.hpp"
 
 namespace specattn::inline SPECATTN_CODE {
 
-/// Bytes a decoder of these models and options allocates besides the guide's own and the context's workspace.
+/// Bytes a decoder of these models and options allocates besides the guide's own and the context's workspace: what its parts
+/// say that they allocate. On cuda page-locked memory of the host, a few KB, is not counted.
+/// \param guided false: with no_guide, which on cuda needs no lists
+/// \throws contract_error as the decoder would
 template <storage T, backend B = cpu>
 decode_memory decoder_bytes(const model_shape& target, const model_shape& draft, const decode_options& options,
-                            guide_needs needs) {
-  const detail::decode_sizes sizes(target, draft, options, std::same_as<B, cpu>);
-  const auto vocab = static_cast<std::size_t>(target.vocab);
-  decode_memory memory;
-  memory.target_cache = kv_cache<T, B>::bytes(sizes.target_cache);
-  memory.selections = selection<B>::bytes(sizes.target_groups, sizes.positions);
-  memory.logits = static_cast<std::size_t>(sizes.judged) * 2 * vocab * sizeof(float);
-  if (needs.target_weights) memory.recordings += sizes.target_weights * sizeof(float);
-  if (options.draft_length > 0) {
-    memory.draft_cache = kv_cache<T, B>::bytes(sizes.draft_cache);
-    memory.logits += static_cast<std::size_t>(sizes.sequences) * vocab * sizeof(float);
-    if (needs.draft_weights || options.sparse_draft) {
-      memory.recordings += sizes.draft_weights * sizeof(recorded_weight<B>);
-      if (std::same_as<B, cuda> || options.sparse_draft)
-        memory.recordings += detail::query_memory<B>::bytes(draft, sizes);
-    }
-    if (std::same_as<B, cuda> && options.sparse_draft && options.draft_rule.rows == combine::mean)
-      memory.recordings += std::size_t(sizes.draft_groups * sizes.recording_capacity) * sizeof(fp16);
-    if (options.sparse_draft) memory.selections += selection<B>::bytes(sizes.draft_groups, sizes.positions);
-  }
-  return memory;
+                            const guide_needs& needs, bool guided = true) {
+  const decode_options used = detail::checked_options(options, target, draft, std::same_as<B, cpu>);
+  const detail::decode_sizes sizes(target, draft, used, std::same_as<B, cpu>);
+  return detail::round_engine<T, no_draft, no_draft, no_guide, B>::bytes(target, draft, used, sizes, needs, guided);
 }
 
 }  // namespace specattn::inline SPECATTN_CODE

@@ -23,7 +23,9 @@ struct decode_options {
   std::int32_t min_context = 0;    ///< below this many cached positions a round is dense
   std::int32_t dense_layers = 0;   ///< the first target layers that always stay dense
   std::int32_t refresh_every = 0;  ///< every n rounds, rewrite the keys and values since the last exact one; 0: never
-  std::int32_t record_steps = 0;   ///< draft steps whose weights guide the round; 0: all of them
+  /// Draft steps whose weights guide the round: one for each slot of the verify pass, the last drafted token's included,
+  /// on which the draft runs for that alone. 0: all draft_length + 1.
+  std::int32_t record_steps = 0;
   /// Record the draft's weights and select, for the target and for a sparse draft, in one round of n; the other n - 1
   /// reuse the lists, extended by the positions appended since. A round records anyway when its sequences are not those of
   /// the round before, or when one of them was dense then.
@@ -59,6 +61,8 @@ struct decode_counts {
   std::int64_t draft_failures =
       0;                      ///< of them, rounds that lost drafted tokens: the draft threw, or its logits held NaN
   std::int64_t proposed = 0;  ///< drafted tokens that were verified
+  std::int64_t draft_steps = 0;  ///< slots of the draft's passes that were asked for: one a token, and one more where
+                                 ///< the last token's attention guided
   std::int64_t accepted = 0;
   std::int64_t corrected = 0;  ///< rounds that ended in a correction
   std::int64_t bonus = 0;      ///< rounds whose drafts were all accepted
@@ -77,6 +81,7 @@ struct decode_counts {
     refreshed += other.refreshed;
     draft_failures += other.draft_failures;
     proposed += other.proposed;
+    draft_steps += other.draft_steps;
     accepted += other.accepted;
     corrected += other.corrected;
     bonus += other.bonus;
@@ -120,7 +125,7 @@ struct decode_memory {
   std::size_t draft_cache = 0;
   std::size_t recordings = 0;
   std::size_t selections = 0;
-  std::size_t logits = 0;
+  std::size_t logits = 0;  ///< and the small arrays of rounds
   [[gnu::always_inline]] std::size_t total() const {
     return target_cache + draft_cache + recordings + selections + logits;
   }

@@ -20,6 +20,7 @@ namespace specattn::inline SPECATTN_CODE::detail {
 struct planned_row {
   std::int32_t row = 0;     ///< of the caches
   std::int32_t drafts = 0;  ///< tokens that are drafted and judged
+  std::int32_t steps = 0;   ///< draft steps: one a token, and one more where the last token's attention guides, too
   bool dense = false;       ///< its round reads everything, whatever the guide keeps
   bool refresh = false;     ///< keys and values since the last exact one are rewritten first; then it is dense
 };
@@ -27,7 +28,8 @@ struct planned_row {
 /// A round, as a value.
 struct round_plan {
   std::vector<planned_row> rows;
-  std::int32_t steps = 0;    ///< draft steps: the most that a row drafts
+  std::int32_t drafts = 0;   ///< the most that a row drafts
+  std::int32_t steps = 0;    ///< the most draft steps that a row takes
   std::int32_t longest = 0;  ///< of the texts
   bool sparse = false;       ///< the guide decides what is read
   bool sampled = false;      ///< some sequence is not greedy
@@ -41,10 +43,10 @@ struct round_plan {
   /// The draft has failed before it proposed anything.
   void drop_drafts(bool guide_needs_draft) {
     for (planned_row& row : rows) {
-      row.drafts = 0;
+      row.drafts = row.steps = 0;
       row.dense = row.dense || guide_needs_draft;
     }
-    steps = 0;
+    drafts = steps = 0;
     listed = reuse = false;
     sparse = sparse && !guide_needs_draft;
   }
@@ -71,7 +73,7 @@ class recording_turns {
   }
   /// Notes a round; one that drafted nothing leaves lists as they were, and the next one records.
   void take(const round_plan& plan) {
-    const bool drafted = plan.steps > 0;
+    const bool drafted = plan.drafts > 0;
     if (drafted && !plan.reuse) {
       rows_.clear();
       for (const planned_row& planned : plan.rows) rows_.push_back(planned.row);
@@ -93,16 +95,9 @@ class recording_turns {
 /// Makes plans: as the options say, or, where they are adaptive, as the rounds before suggest.
 class round_policy {
  public:
-  /// \param guided        there is a guide, so that rounds may be sparse
-  /// \param even_drafts   a row with little room shortens the others' drafts
-  round_policy(const decode_options& options, const decode_sizes& sizes, const guide_needs& needs, bool guided,
-               bool even_drafts)
-      : options_(options),
-        sizes_(sizes),
-        needs_(needs),
-        guided_(guided),
-        even_drafts_(even_drafts),
-        turns_(sizes.sequences) {
+  /// \param guided there is a guide, so that rounds may be sparse
+  round_policy(const decode_options& options, const decode_sizes& sizes, const guide_needs& needs, bool guided)
+      : options_(options), sizes_(sizes), needs_(needs), guided_(guided), turns_(sizes.sequences) {
     plan_.rows.reserve(static_cast<std::size_t>(sizes.sequences));
     if (!options.adaptive || options.draft_length == 0) return;
     planner_.emplace(double(sizes.target_cache.layers) * sizes.target_cache.kv_heads,
@@ -128,10 +123,11 @@ class round_policy {
     }
     if (plan_.rows.empty()) return plan_;
     limit_drafts(cached / plan_.size(), sequences);
-    plan_.sparse = guided_ && may_be_sparse_ && !all_short && (plan_.steps > 0 || !needs_.draft_weights);
-    plan_.listed = options_.sparse_draft && plan_.steps > 0 && turns_.may_continue(plan_);
-    plan_.reuse = plan_.steps > 0 && ((needs_.draft_weights && plan_.sparse) || options_.sparse_draft) &&
+    plan_.sparse = guided_ && may_be_sparse_ && !all_short && (plan_.drafts > 0 || !needs_.draft_weights);
+    plan_.listed = options_.sparse_draft && plan_.drafts > 0 && turns_.may_continue(plan_);
+    plan_.reuse = plan_.drafts > 0 && ((needs_.draft_weights && plan_.sparse) || options_.sparse_draft) &&
                   turns_.may_reuse(options_.record_every, plan_);
+    count_steps(sequences);
     return plan_;
   }
 
@@ -175,14 +171,25 @@ class round_policy {
       most = setting.draft_length;
       may_be_sparse_ = setting.sparse;
     }
-    for (const planned_row& row : plan_.rows) {
-      if (even_drafts_) most = (std::min)(most, room(sequences.at(row.row)));
-    }
-    plan_.steps = 0;
+    plan_.drafts = 0;
     for (planned_row& row : plan_.rows) {
       row.drafts = (std::max)(0, (std::min)({row.drafts, most, room(sequences.at(row.row))}));
       row.dense = row.dense || (needs_.draft_weights && row.drafts == 0);
-      plan_.steps = (std::max)(plan_.steps, row.drafts);
+      plan_.drafts = (std::max)(plan_.drafts, row.drafts);
+    }
+  }
+
+  /// A draft step a token, and where a round records for its guide, one more on the last drafted token: what that token
+  /// asks for, no other step tells. The step draws nothing.
+  void count_steps(const sequence_table& sequences) {
+    const bool guides = needs_.draft_weights && plan_.sparse && !plan_.reuse;
+    plan_.steps = 0;
+    for (planned_row& row : plan_.rows) {
+      row.steps = row.drafts;
+      const auto length = static_cast<std::int32_t>(sequences.at(row.row).text.size());
+      const bool fits = length + row.drafts <= sizes_.draft_cache.max_positions;
+      if (guides && !row.dense && row.drafts > 0 && row.drafts < sizes_.steps && fits) ++row.steps;
+      plan_.steps = (std::max)(plan_.steps, row.steps);
     }
   }
 
@@ -190,7 +197,6 @@ class round_policy {
   decode_sizes sizes_;
   guide_needs needs_;
   bool guided_ = false;
-  bool even_drafts_ = false;
   bool may_be_sparse_ = true;  // this round's pace
   recording_turns turns_;
   std::optional<round_planner> planner_;

@@ -23,7 +23,8 @@ namespace specattn::inline SPECATTN_CODE::detail {
 /// One running text. The target has cached everything but its last token; the draft may lack the last two.
 struct sequence_state {
   bool active = false;
-  std::uint64_t ticket = 0;  ///< another for every text that the row holds
+  bool waiting = false;      ///< its prompt is not cached yet
+  std::uint64_t ticket = 0;  ///< of the text that the row holds: ascending, in the order they came
   std::vector<std::int32_t> text;
   std::vector<std::int32_t> stop_tokens;
   std::int32_t prompt_length = 0;
@@ -38,6 +39,13 @@ struct sequence_state {
   decode_counts counts;
 };
 
+/// A part of a prefill pass: a row's text is cached up to position `to`.
+struct prefill_part {
+  std::int32_t row;
+  std::span<const std::int32_t> text;
+  std::int32_t to;
+};
+
 /// Every size a decoder derives from its options and models, in one place, so that what is announced is what is
 /// allocated.
 struct decode_sizes {
@@ -49,9 +57,8 @@ struct decode_sizes {
     const std::int64_t slots = std::int64_t{sequences} * (std::int64_t{options.draft_length} + 1);
     judged = bounded(static_cast<double>(slots));
     verify_slots = bounded(static_cast<double>(slots) * (replays ? 1.0 + options.refresh_every : 1.0));
-    steps = options.draft_length == 0   ? 0
-            : options.record_steps == 0 ? options.draft_length
-                                        : (std::min)(options.record_steps, options.draft_length);
+    const std::int32_t asked = options.draft_length == 0 ? 0 : options.draft_length + 1;
+    steps = options.record_steps == 0 ? asked : (std::min)(options.record_steps, asked);
     target_cache = {.sequences = sequences,
                     .layers = target.layers,
                     .kv_heads = target.kv_heads,
@@ -118,6 +125,16 @@ inline void check_decode(const model_shape& target, const model_shape& draft, co
   expects(2 * o.max_sequences <= draft.max_slots,
           "decode: a draft step needs two slots a sequence: ", 2 * o.max_sequences, ", the draft takes ",
           draft.max_slots);
+}
+
+/// The options that a decoder runs by: checked, and cut to what the models take in a pass.
+/// \param replays as decode_sizes has it
+inline decode_options checked_options(decode_options options, const model_shape& target, const model_shape& draft,
+                                      bool replays) {
+  check_decode(target, draft, options, decode_sizes(target, draft, options, replays));
+  options.prefill_chunk = (std::min)(options.prefill_chunk, target.max_slots);
+  if (options.draft_length > 0) options.prefill_chunk = (std::min)(options.prefill_chunk, draft.max_slots);
+  return options;
 }
 
 }  // namespace specattn::inline SPECATTN_CODE::detail

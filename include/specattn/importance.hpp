@@ -103,12 +103,20 @@ struct importance_args {
   attention_history<B> history;          ///< empty: none
   std::int32_t kv_len = 0;               ///< length of the prefixes; where `length` is given, the most they can be
   view<const std::int32_t, 1, B>
-      length;                   ///< [sequences] the prefixes' lengths, read when the work runs; empty: kv_len
-  bool separate_steps = false;  ///< a row for each step instead of their mean
-  view<U, 5, B> out;            ///< [target layers, sequences, kv_heads, 1 or steps, kv_len or more]
+      length;  ///< [sequences] the prefixes' lengths, read when the work runs; empty: kv_len
+  view<const std::int32_t, 1, B> steps;  ///< [sequences] how many steps each has taken, the first ones, read when the
+                                         ///< work runs; 0 counts as 1; empty: all
+  bool separate_steps =
+      false;          ///< a row for each step instead of their mean; the last step's again where one took fewer
+  view<U, 5, B> out;  ///< [target layers, sequences, kv_heads, 1 or steps, kv_len or more]
 
   static constexpr std::int32_t split_unit = 256;
   SPECATTN_HD std::ptrdiff_t sequences() const { return draft_weights.extent(2); }
+  SPECATTN_HD std::int32_t steps_of(std::ptrdiff_t s) const {
+    const auto all = static_cast<std::int32_t>(draft_weights.extent(0));
+    if (steps.empty() || steps[s] > all) return all;
+    return steps[s] < 1 ? 1 : steps[s];
+  }
 };
 
 namespace detail {
@@ -153,6 +161,8 @@ void check_importance(const resident_mixture<B>& mixture, const importance_args<
           args.kv_len);
   expects(args.length.empty() || args.length.extent(0) == sequences, "importance: ", args.length.extent(0),
           " lengths for ", sequences, " sequences");
+  expects(args.steps.empty() || args.steps.extent(0) == sequences, "importance: ", args.steps.extent(0),
+          " step counts for ", sequences, " sequences");
   const std::ptrdiff_t rows = args.separate_steps ? steps : 1;
   const auto& out = args.out;
   expects(out.extent(1) == sequences && out.extent(2) == mixture.kv_heads &&

@@ -61,6 +61,7 @@ class sequence_table {
     sequence_state& seq = at(row);
     seq.text.assign(request.prompt.begin(), request.prompt.end());
     seq.prompt_length = static_cast<std::int32_t>(request.prompt.size());
+    seq.waiting = false;
     begin(seq, request);
     return row;
   }
@@ -76,9 +77,9 @@ class sequence_table {
 
   void free_row(std::int32_t row) {
     sequence_state& seq = at(row);
-    seq.active = false;
+    seq.active = seq.waiting = false;
     seq.text.clear();
-    ++seq.ticket;
+    seq.ticket = ++tickets_;
   }
 
   bool any_active() const {
@@ -91,10 +92,21 @@ class sequence_table {
                        [](const sequence_state& seq) { return seq.active && seq.finish == finish_reason::running; });
   }
 
+  /// The row that waits longest for its prompt to be cached, of those that came after `ticket`; -1: none does.
+  std::int32_t next_waiting(std::uint64_t ticket) const {
+    std::int32_t next = -1;
+    for (std::int32_t row = 0; row < size(); ++row) {
+      const sequence_state& seq = at(row);
+      if (!seq.waiting || seq.finish != finish_reason::running || seq.ticket <= ticket) continue;
+      if (next < 0 || seq.ticket < at(next).ticket) next = row;
+    }
+    return next;
+  }
+
   /// Whether a row takes part in the next round. One whose last token no longer fits the cache ends here.
   bool runs(std::int32_t row) {
     sequence_state& seq = at(row);
-    if (!seq.active || seq.finish != finish_reason::running) return false;
+    if (!seq.active || seq.waiting || seq.finish != finish_reason::running) return false;
     if (static_cast<std::int32_t>(seq.text.size()) > positions_) seq.finish = finish_reason::context_full;
     return seq.finish == finish_reason::running;
   }
@@ -104,8 +116,8 @@ class sequence_table {
     expects(request.draft_length <= draft_length_, "decode: a request's draft_length ", request.draft_length,
             " is over the options' ", draft_length_);
   }
-  void begin(sequence_state& seq, const decode_request& request) const {
-    ++seq.ticket;
+  void begin(sequence_state& seq, const decode_request& request) {
+    seq.ticket = ++tickets_;
     seq.stop_tokens.assign(request.stop_tokens.begin(), request.stop_tokens.end());
     seq.max_new_tokens = request.max_new_tokens;
     seq.draft_length = request.draft_length < 0 ? draft_length_ : request.draft_length;
@@ -121,6 +133,7 @@ class sequence_table {
   std::int32_t positions_ = 0;
   std::int32_t vocab_ = 0;
   std::int32_t draft_length_ = 0;
+  std::uint64_t tickets_ = 0;  // the newest
   std::vector<sequence_state> rows_;
 };
 

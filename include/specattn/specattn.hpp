@@ -20,6 +20,7 @@
 #include "cpu/select.hpp"
 #include "cpu/verify.hpp"
 #include "decode.hpp"
+#include "decode_memory.hpp"
 #include "draft_guide.hpp"
 #include "guide.hpp"
 #include "kv_cache.hpp"

@@ -5,6 +5,9 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
 #include <new>
 #include <string>
 #include <vector>
@@ -20,6 +23,7 @@ struct decode_fixture {
   toy::model draft{7, decode_testing::draft_shape, 0.15f};
 };
 
+#include "decode/batch_cases.hpp"
 #include "decode/cases.hpp"
 
 using namespace decode_testing;
@@ -101,27 +105,6 @@ TEST_CASE("decode: every guide runs, keeps what it says and reads fewer rows tha
   run(draft_guide<>(flat_alignment().layer_map_only(), {.top_p = 0.6f, .rows = combine::unite}));
 }
 
-TEST_CASE("decode: scoring equals the dense losses when everything is kept, and reports the reduction when not") {
-  decode_fixture f;
-  const auto text = prompt_of(120, 8);
-  std::vector<float> dense_loss(100), sparse_loss(100), all_loss(100);
-  no_draft none;
-  no_guide dense;
-  auto plain = make_decoder<float>(f.ctx, f.target, none, dense, {.draft_length = 0});
-  plain.score(text, 20, dense_loss);
-  draft_guide<> everything(flat_alignment(), toy_rule(1.0f));
-  auto all = make_decoder<float>(f.ctx, f.target, f.draft, everything, {.draft_length = 4});
-  const decode_counts full = all.score(text, 20, all_loss);
-  CHECK(all_loss == dense_loss);
-  CHECK(full.emitted == 100);
-  CHECK(full.accepted == full.proposed);
-  draft_guide<> few(flat_alignment(), toy_rule(0.3f));
-  auto sparse = make_decoder<float>(f.ctx, f.target, f.draft, few, {.draft_length = 4});
-  const decode_counts counts = sparse.score(text, 20, sparse_loss);
-  CHECK(counts.kv_rows_read < counts.kv_rows_dense);
-  CHECK(sparse_loss != dense_loss);
-}
-
 TEST_CASE("decode: over caches of fp8, keeping every position equals plain decoding") {
   decode_fixture f;
   const auto prompt = prompt_of(50, 2);
@@ -154,6 +137,38 @@ TEST_CASE("decode: a round allocates nothing") {
   for (int i = 0; i < 20; ++i) decoder.step(go);
   CHECK(allocations.load() == before);
 }
+
+#if defined(__GLIBC__) && !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+TEST_CASE("decode: what a decoder allocates is what was announced") {
+  decode_fixture f;
+  const auto in_use = [] {
+    const struct mallinfo2 info = mallinfo2();
+    return info.uordblks + info.hblkhd;
+  };
+  for (int kind = 0; kind < 4; ++kind) {
+    decode_options options{
+        .draft_length = 4, .max_sequences = 6, .max_positions = 300, .page_size = kind == 2 ? 8 : 0};
+    options.sparse_draft = kind == 1;
+    draft_guide<> guide(flat_alignment({8}, kind == 3), toy_rule(0.7f));
+    const guide_needs needs = guide.needs();
+    const decode_memory announced = decoder_bytes<float>(target_shape, draft_shape, options, needs);
+    f.ctx.reserve_workspace(std::size_t{1} << 24);  // not a decoder's
+    draft_guide<> quiet(flat_alignment({8}, kind == 3), toy_rule(0.7f));
+    const std::size_t before = in_use();
+    auto decoder = make_decoder<float>(f.ctx, f.target, f.draft, quiet, options);
+    const std::size_t taken = in_use() - before;
+    // Beside it: the guide's memory, texts, lists of free pages.
+    detail::draft_guide_memory<cpu> memory;
+    const std::size_t start = in_use();
+    quiet.prepare({target_shape, draft_shape, options.max_sequences, options.max_positions, 30, 5}, memory);
+    const std::size_t guides = in_use() - start;
+    const std::size_t texts = 6 * (300 + 17) * sizeof(std::int32_t);
+    CAPTURE(kind);
+    CHECK(taken >= announced.total() + guides);
+    CHECK(taken < announced.total() + guides + texts + 24000);
+  }
+}
+#endif
 
 TEST_CASE("decode: models and options that do not fit are refused with the values") {
   decode_fixture f;

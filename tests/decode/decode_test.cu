@@ -8,6 +8,7 @@
 
 using decode_fixture = decode_device;
 
+#include "decode/batch_cases.hpp"
 #include "decode/cases.hpp"
 
 namespace decode_testing {

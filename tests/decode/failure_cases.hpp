@@ -49,8 +49,8 @@ inline std::vector<failure_setting> failure_settings() {
   return all;
 }
 
-/// Three texts in two rows: the third takes the row of the first to end; the second starts over once. Everything that
-/// throws is done again. Returns the texts as on_tokens was told them, in the order of admission.
+/// Three texts in two rows: the third takes the row of the first to end, its prompt cached between rounds; the second
+/// starts over once. Everything that throws is done again. Returns the texts as on_tokens was told them, in the order of admission.
 template <class Decoder>
 std::vector<text_of_row> decode_with_faults(Decoder& decoder, fault_plan& plan, const failure_setting& setting) {
   const text_of_row prompts[] = {prompt_of(37, 41), prompt_of(50, 42), prompt_of(21, 43)};
@@ -88,7 +88,11 @@ std::vector<text_of_row> decode_with_faults(Decoder& decoder, fault_plan& plan, 
   decoder.remove(first);
   decoder.rewind(second, request(1));
   heard[1] = prompts[1];
-  const auto third = admit(2);
+  const decode_request late = request(2);
+  std::int32_t third = -1;
+  decoder.add({&late, 1}, {&third, 1});
+  who[third] = 2;
+  heard[2] = prompts[2];
   CHECK(third == first);
   while (step()) {
   }

@@ -26,16 +26,17 @@ class option_draw {
     o.min_context = chance(3) ? number(0, 80) : 0;
     o.dense_layers = chance(2) ? number(0, 3) : 0;
     o.refresh_every = chance(3) ? number(1, 3) : 0;
-    o.record_steps = chance(3) ? number(1, o.draft_length) : 0;
+    o.record_steps = chance(3) ? number(1, o.draft_length + 1) : 0;
     o.record_every = chance(2) ? number(2, 5) : 1;
     o.adaptive = chance(4);
     o.sparse_draft = chance(2);
     o.draft_rule = toy_rule(0.1f * static_cast<float>(number(2, 10)));
     if (chance(3)) o.draft_rule.rows = combine::unite;
     o.prefill_chunk = number(1, 40);
+    o.max_positions = chance(3) ? number(131, 200) : 0;  // some texts end at the limit
     o.page_size = chance(2) ? 1 << number(0, 5) : 0;
     while (o.max_sequences * (o.draft_length + 1) * (o.refresh_every + 1) > target_shape.max_slots) --o.draft_length;
-    o.record_steps = (std::min)(o.record_steps, o.draft_length);
+    o.record_steps = (std::min)(o.record_steps, o.draft_length + 1);
     return o;
   }
 
@@ -59,6 +60,7 @@ inline std::string describe(const decode_options& o) {
   add("sparse_draft", o.sparse_draft);
   add("unite", o.draft_rule.rows == combine::unite);
   add("prefill_chunk", o.prefill_chunk);
+  add("max_positions", o.max_positions);
   add("page_size", o.page_size);
   return text;
 }

@@ -9,6 +9,7 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -29,6 +30,7 @@ struct problem : shape {
   std::int32_t steps = 1;
   std::int32_t kv_len = 0, capacity = 0;
   std::vector<std::int32_t> lengths;  ///< of each sequence, where they are read from memory
+  std::vector<std::int32_t> taken;    ///< steps of each sequence, where some took fewer
   bool separate_steps = false;
   specattn::sparse_mixture mixture;
   std::vector<float> weights, masses, history_weights;
@@ -46,6 +48,9 @@ struct problem : shape {
   }
   std::int32_t length(std::int32_t s) const {
     return lengths.empty() ? kv_len : std::clamp(lengths[static_cast<std::size_t>(s)], 0, kv_len);
+  }
+  std::int32_t steps_of(std::int32_t s) const {
+    return taken.empty() ? steps : std::clamp(taken[static_cast<std::size_t>(s)], 1, steps);
   }
   std::int32_t history_row(std::int32_t s, std::int32_t g) const {
     return history_row_of[static_cast<std::size_t>(s)] * groups() + g;
@@ -143,7 +148,7 @@ struct resident_problem {
   buffer<T> weights;
   buffer<float> masses, scales, history_weights;
   buffer<U> out;
-  buffer<std::int32_t> history_positions, history_counts, history_row_of, lengths;
+  buffer<std::int32_t> history_positions, history_counts, history_row_of, lengths, taken;
   specattn::importance_args<backend, T, U> args;
 
   /// Rounds p's weights to what is stored.
@@ -156,7 +161,8 @@ struct resident_problem {
         history_positions(fixture.upload(p.history_positions)),
         history_counts(fixture.upload(p.history_counts)),
         history_row_of(fixture.upload(p.history_row_of)),
-        lengths(fixture.upload(p.lengths)) {
+        lengths(fixture.upload(p.lengths)),
+        taken(fixture.upload(p.taken)) {
     store(fixture, p, split_len);
     args.draft_weights = {weights.data(), {p.steps, p.layers, p.sequences, p.q_heads, p.capacity}};
     args.masses = {masses.data(), {p.steps, p.layers, p.sequences, p.q_heads}};
@@ -166,6 +172,7 @@ struct resident_problem {
     if (p.sequences > 1) args.history.row_of = {history_row_of.data(), {p.sequences}};
     args.kv_len = p.kv_len;
     if (!p.lengths.empty()) args.length = {lengths.data(), {p.sequences}};
+    if (!p.taken.empty()) args.steps = {taken.data(), {p.sequences}};
     args.separate_steps = p.separate_steps;
     args.out = {out.data(), {p.target_layers, p.sequences, p.kv_heads, p.out_rows(), p.capacity}};
   }
@@ -221,7 +228,8 @@ void check_importance(const problem& p, const std::vector<float>& got) {
   bool zeros = true, untouched = true;
   for (std::int32_t i = 0; i < p.sequences * p.groups() * p.out_rows(); ++i) {
     const std::int32_t s = i / (p.groups() * p.out_rows()), g = i / p.out_rows() % p.groups(), r = i % p.out_rows();
-    const std::vector<double> want = expected(p, s, g, p.separate_steps ? r : 0, p.separate_steps ? r + 1 : p.steps);
+    const std::int32_t last = p.steps_of(s), own = std::min(r, last - 1);
+    const std::vector<double> want = expected(p, s, g, p.separate_steps ? own : 0, p.separate_steps ? own + 1 : last);
     const float* at = &got[p.cell(p.out_row(s, g, r), 0)];
     for (std::size_t j = 0; j < want.size(); ++j) {
       zeros = zeros && (at[j] == 0.0f) == (want[j] == 0.0);
@@ -348,6 +356,29 @@ TEST_CASE_TEMPLATE("importance: sequences of a batch have their own lengths, row
       p.separate_steps = true;
       for (std::int32_t s = 0; s < p.sequences; ++s) p.lengths.push_back(s == 1 ? 0 : 640 - 257 * (s / 2));
       agrees<specattn::bf16>(fixture, p, steps == 1 ? 256 : 0);
+    }
+  }
+}
+
+TEST_CASE_TEMPLATE(
+    "importance: a sequence that took fewer steps is weighed by those, its last row standing for the rest", Fixture,
+    importance_fixture) {
+  Fixture fixture;
+  for (const shape& sizes : {shape{3, 5, 2, 3, 8, 4}, shape{2, 33, 40, 8, 8, 4}}) {
+    for (const bool separate : {false, true}) {
+      problem p = make_problem(300, 3, 500, sizes);
+      p.taken = {3, 1, 0, 9};
+      p.separate_steps = separate;
+      // Nothing is read of steps that were not taken.
+      for (const std::int32_t s : {1, 2}) {
+        for (std::int32_t row = 0; row < p.rows(); ++row) {
+          if (row / p.q_heads % p.sequences != s || row < p.sequences * p.heads()) continue;
+          p.masses[static_cast<std::size_t>(row)] = std::numeric_limits<float>::quiet_NaN();
+          std::fill_n(p.weights.begin() + static_cast<std::ptrdiff_t>(p.cell(row, 0)), p.capacity,
+                      std::numeric_limits<float>::quiet_NaN());
+        }
+      }
+      agrees(fixture, p);
     }
   }
 }

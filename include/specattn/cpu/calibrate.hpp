@@ -24,7 +24,7 @@ namespace specattn::inline SPECATTN_CODE {
 struct calibration_options {
   std::int32_t prefill = 128;                         ///< leading tokens of a text that only fill the caches
   std::int32_t draft_length = 4;                      ///< γ of the rounds imitated: blocks of γ + 1 tokens
-  std::int32_t record_steps = 0;                      ///< draft steps that will guide a round; 0: all γ
+  std::int32_t record_steps = 0;                      ///< draft steps that will guide a round; 0: all γ + 1
   std::int32_t every = 1;                             ///< sample every n-th block
   std::vector<std::int32_t> windows = {16, 64, 256};  ///< recency signals
   std::int32_t sinks = 4;                             ///< sink signal; 0: none
@@ -184,8 +184,7 @@ class calibrator {
       : ctx_(&ctx),
         options_((check(target.shape(), draft.shape(), options, longest), options)),
         slots_(options.draft_length + 1),
-        steps_(options.record_steps > 0 ? (std::min)(options.record_steps, options.draft_length)
-                                        : options.draft_length),
+        steps_(options.record_steps > 0 ? (std::min)(options.record_steps, slots_) : slots_),
         signals_{draft.shape().layers, draft.shape().q_heads, options.windows, options.sinks, options.history},
         longest_(longest),
         target_(ctx, target, longest, slots_),

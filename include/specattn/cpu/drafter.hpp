@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <exception>
 #include <span>
+#include <type_traits>
 #include <utility>
 
 #include "../attention_pass.hpp"
@@ -18,6 +19,7 @@
 #include "../sequence_table.hpp"
 #include "../verify.hpp"
 #include "kept_lists.hpp"
+#include "prefill.hpp"
 #include "round_batch.hpp"
 
 #include "../words_begin.hpp"
@@ -39,19 +41,26 @@ class drafter {
         capacity_(sizes.positions),
         cache_(sizes.draft_cache),
         record_(record || options.sparse_draft),
-        pass_(sizes.sequences, (std::max)(options.prefill_chunk, 2 * sizes.sequences)) {
-    const auto sequences = static_cast<std::size_t>(sizes.sequences);
-    if (record_) weights_ = buffer<float, B>(sizes.draft_weights);
-    if (options.sparse_draft) {
-      queries_ = query_memory<B>(shape_, sizes);
-      slot_of_ = buffer<std::int32_t, B>(static_cast<std::size_t>(steps_) * sequences);
-      lists_ = kept_lists(shape_, sizes.sequences, capacity_);
-      recorded_lens_ = buffer<std::int32_t, B>(sequences);
-    }
-    group_lens_ = buffer<std::int32_t, B>(static_cast<std::size_t>(sizes.draft_groups));
-    recorded_ = buffer<std::int32_t, B>(sequences);
-    masses_ = buffer<float, B>(sequences * static_cast<std::size_t>(rows_ * shape_.layers * shape_.q_heads));
-    logits_ = buffer<float, B>(sequences * static_cast<std::size_t>(shape_.vocab));
+        pass_(sizes.sequences, most_slots(options, sizes)) {
+    arrays(shape_, options, sizes, record, [this](auto, auto array, std::size_t count) {
+      this->*array = std::remove_reference_t<decltype(this->*array)>(count);
+    });
+    if (!options.sparse_draft) return;
+    queries_ = query_memory<B>(shape_, sizes);
+    lists_ = kept_lists(shape_, sizes.sequences, capacity_);
+  }
+
+  /// Adds up what a drafter allocates.
+  static void count_bytes(const model_shape& draft, const decode_options& options, const decode_sizes& sizes,
+                          bool record, decode_memory& memory) {
+    memory.draft_cache += kv_cache<T, B>::bytes(sizes.draft_cache);
+    memory.logits += pass_arrays::bytes(sizes.sequences, most_slots(options, sizes));
+    arrays(draft, options, sizes, record, [&](auto kind, auto array, std::size_t count) {
+      memory.*kind += count * sizeof(*(std::declval<drafter&>().*array).data());
+    });
+    if (!options.sparse_draft) return;
+    memory.recordings += query_memory<B>::bytes(draft, sizes);
+    memory.selections += kept_lists::bytes(draft, sizes.sequences, sizes.positions);
   }
 
   std::size_t workspace_bytes(const context<B>& ctx, std::int32_t sequences) const {
@@ -70,14 +79,9 @@ class drafter {
   kv_cache<T, B>& cache() { return cache_; }
   const kv_cache<T, B>& cache() const { return cache_; }
 
-  /// Caches a row's text up to position `to`, in one pass.
-  void prefill(std::int32_t row, std::span<const std::int32_t> text, std::int32_t to) {
-    const std::int32_t from = cache_.length(row);
-    pass_.fill(text, from, to);
-    cache_.reserve(row, to - from);
-    attention_pass<T, B> pass(*ctx_, cache_, pass_.layout(&row));
-    draft_->forward(*ctx_, pass_.batch(), pass, view<float, 2, B>(logits_.data(), {0, shape_.vocab}));
-    cache_.advance(row, to - from);
+  /// Caches texts, in one pass.
+  void prefill(std::span<const prefill_part> parts) {
+    prefill_parts(*ctx_, *draft_, cache_, pass_, parts, view<float, 2, B>(logits_.data(), {0, shape_.vocab}));
   }
 
   /// Drafts for the whole batch into batch.drafted (and batch.probabilities where it samples). A draft that throws, or has
@@ -90,8 +94,8 @@ class drafter {
     recorded_own_ = false;
     step_ = 0;
     std::fill_n(recorded_.data(), recorded_.size(), 0);
-    const std::int32_t longest = batch.longest_draft();
-    const auto thrown = attempt([&] { draft(batch, sequences, longest); });
+    const std::int32_t most = batch.most_steps();
+    const auto thrown = attempt([&] { draft(batch, sequences, most); });
     if (thrown) {
       failure_ = thrown;
       for (std::int32_t s = 0; s < batch.size; ++s) {
@@ -141,28 +145,50 @@ class drafter {
   }
 
  private:
-  void draft(const round_batch& batch, const sequence_table& sequences, std::int32_t longest) {
+  static std::int32_t most_slots(const decode_options& options, const decode_sizes& sizes) {
+    return (std::max)(options.prefill_chunk, 2 * sizes.sequences);
+  }
+  /// visit(kind, array, count): every array, what it is counted as, and its elements.
+  template <class Visit>
+  static void arrays(const model_shape& draft, const decode_options& options, const decode_sizes& sizes, bool record,
+                     Visit&& visit) {
+    const auto sequences = static_cast<std::size_t>(sizes.sequences);
+    const auto heads = static_cast<std::size_t>(draft.layers) * static_cast<std::size_t>(draft.q_heads);
+    constexpr auto recordings = &decode_memory::recordings;
+    if (record || options.sparse_draft) visit(recordings, &drafter::weights_, sizes.draft_weights);
+    visit(recordings, &drafter::masses_, sequences * static_cast<std::size_t>(sizes.recorded_rows) * heads);
+    visit(recordings, &drafter::group_lens_, static_cast<std::size_t>(sizes.draft_groups));
+    visit(recordings, &drafter::recorded_, sequences);
+    visit(&decode_memory::logits, &drafter::logits_, sequences * static_cast<std::size_t>(draft.vocab));
+    if (!options.sparse_draft) return;
+    visit(recordings, &drafter::slot_of_, static_cast<std::size_t>(sizes.steps) * sequences);
+    visit(recordings, &drafter::recorded_lens_, sequences);
+  }
+
+  void draft(const round_batch& batch, const sequence_table& sequences, std::int32_t most) {
     for (std::int32_t s = 0; s < batch.size; ++s) {
       if (batch.draft_length(s) > 0) catch_up(batch.rows.data()[s], sequences);
     }
-    for (; step_ < longest; ++step_) {
+    for (; step_ < most; ++step_) {
       gather(step_, batch, sequences);
       forward(step_, batch);
       choose(step_, batch, sequences);
     }
-    if (options_.sparse_draft && !reuse_ && batch.longest_draft() > 0) record(batch, sequences);
+    if (options_.sparse_draft && !reuse_ && batch.most_steps() > 0) record(batch, sequences);
   }
 
   /// Caches what a sequence decoded while it did not draft, up to the one or two tokens the first step feeds.
   void catch_up(std::int32_t row, const sequence_table& sequences) {
     const auto& text = sequences.at(row).text;
     const auto end = static_cast<std::int32_t>(text.size());
-    while (end - cache_.length(row) > 2)
-      prefill(row, text, (std::min)(end - 1, cache_.length(row) + options_.prefill_chunk));
+    while (end - cache_.length(row) > 2) {
+      const prefill_part part{row, text, (std::min)(end - 1, cache_.length(row) + options_.prefill_chunk)};
+      prefill({&part, 1});
+    }
   }
 
   /// The first step feeds what the draft has not cached yet (one token, or two after a fully accepted round); later
-  /// steps feed the token drafted before.
+  /// steps feed the token drafted before, the last one of a sequence perhaps for its attention alone.
   void gather(std::int32_t step, const round_batch& batch, const sequence_table& sequences) {
     pass_.clear();
     for (std::int32_t s = 0; s < batch.size; ++s) {
@@ -170,14 +196,15 @@ class drafter {
       const std::int32_t cached = cache_.length(row);
       const auto& text = sequences.at(row).text;
       pass_.begin_sequence(cached);
-      if (batch.draft_length(s) > step) {
+      if (batch.steps(s) > step) {
         const auto end = static_cast<std::int32_t>(text.size());
         if (step == 0) {
           for (std::int32_t i = cached; i < end; ++i) {
             pass_.add_slot(text[static_cast<std::size_t>(i)], i, i + 1 == end);
           }
         } else {
-          pass_.add_slot(batch.drafted.data()[batch.first_drafted(s) + step - 1], end + step - 1, true);
+          pass_.add_slot(batch.drafted.data()[batch.first_drafted(s) + step - 1], end + step - 1,
+                         batch.draft_length(s) > step);
         }
       }
       pass_.end_sequence();
@@ -205,6 +232,7 @@ class drafter {
     draft_->forward(*ctx_, pass_.batch(), pass, view<float, 2, B>(logits_.data(), {pass_.rows, shape_.vocab}));
     for (std::int32_t s = 0; s < batch.size; ++s) {
       batch.draft_counts.data()[s] += rows_of(s, batch.size);
+      if (slots_of(s) > 0) ++batch.draft_counts.data()[s].draft_steps;
       cache_.advance(batch.rows.data()[s], slots_of(s));
     }
     if (records && !options_.sparse_draft) note_weights(step, batch);
@@ -232,7 +260,7 @@ class drafter {
 
   /// After a sparse draft's steps, whether they were dense this time or not: their mean over the round's prefix.
   void record(const round_batch& batch, const sequence_table& sequences) {
-    const std::int32_t n = batch.size, steps = (std::min)(steps_, batch.longest_draft());
+    const std::int32_t n = batch.size, steps = (std::min)(steps_, batch.most_steps());
     for (std::int32_t s = 0; s < n; ++s) {
       const auto text = static_cast<std::int32_t>(sequences.at(batch.rows.data()[s]).text.size());
       recorded_.data()[s] = batch.draft_length(s) > 0 ? 1 : 0;

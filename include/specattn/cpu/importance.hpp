@@ -47,6 +47,7 @@ struct importance_impl<cpu> {
     float* scales = floats;
     float* tiles = floats + std::ptrdiff_t{steps} * heads;
     prefix_scales(args, s, scales);
+    const std::int32_t taken = args.steps_of(s);
     const std::int32_t count = (args.kv_len + tile - 1) / tile;
     ctx.parallel_for(count, [&](std::ptrdiff_t t, int member) {
       const auto begin = static_cast<std::int32_t>(t) * tile;
@@ -54,11 +55,11 @@ struct importance_impl<cpu> {
       float* combined = tiles + std::ptrdiff_t{member} * heads * tile;
       if (args.separate_steps) {
         for (std::int32_t step = 0; step < steps; ++step) {
-          combine(args, s, scales, step, step + 1, begin, length, combined);
+          if (step < taken) combine(args, s, scales, step, step + 1, begin, length, combined);
           mix(mixture, args, s, combined, step, begin, length);
         }
       } else {
-        combine(args, s, scales, 0, steps, begin, length, combined);
+        combine(args, s, scales, 0, taken, begin, length, combined);
         mix(mixture, args, s, combined, 0, begin, length);
       }
     });

@@ -23,6 +23,12 @@ class kept_lists {
         selected_(static_cast<std::size_t>(layers_ * sequences * kv_heads_)),
         lengths_(static_cast<std::size_t>(sequences)) {}
 
+  static std::size_t bytes(const model_shape& model, std::int32_t sequences, std::int32_t positions) {
+    const std::ptrdiff_t groups = std::ptrdiff_t{model.layers} * sequences * model.kv_heads;
+    return selection<cpu>::bytes(groups, positions) +
+           (static_cast<std::size_t>(groups) + static_cast<std::size_t>(sequences)) * sizeof(std::int32_t);
+  }
+
   /// Those of a batch, as they stand.
   selection_view<cpu> of(std::int32_t sequences) const {
     return lists_.view().slice(0, std::ptrdiff_t{layers_} * sequences * kv_heads_);

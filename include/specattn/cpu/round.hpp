@@ -23,8 +23,6 @@ namespace specattn::inline SPECATTN_CODE::detail {
 template <storage T, class Target, class Draft, class Guide>
 class round_engine<T, Target, Draft, Guide, cpu> {
  public:
-  static constexpr bool even_drafts = false;
-
   round_engine(context<cpu>& ctx, Target& target, Draft& draft, Guide& guide, const decode_options& options,
                const decode_sizes& sizes)
       : ctx_(&ctx),
@@ -40,17 +38,24 @@ class round_engine<T, Target, Draft, Guide, cpu> {
     ctx.reserve_workspace(need);
   }
 
+  /// Adds up what an engine allocates. \pre options that decoders run by
+  static decode_memory bytes(const model_shape& target, const model_shape& draft, const decode_options& options,
+                             const decode_sizes& sizes, const guide_needs& needs, bool /*guided*/) {
+    decode_memory memory;
+    memory.logits += round_batch::bytes(sizes, target.vocab);
+    verifier<T, Target, cpu>::count_bytes(target, options, sizes, needs, memory);
+    if (options.draft_length > 0)
+      drafter<T, Draft, cpu>::count_bytes(draft, options, sizes, needs.draft_weights, memory);
+    return memory;
+  }
+
   kv_cache<T, cpu>& target_cache() { return verifier_.cache(); }
   const kv_cache<T, cpu>& target_cache() const { return verifier_.cache(); }
   kv_cache<T, cpu>* draft_cache() { return drafter_ ? &drafter_->cache() : nullptr; }
   const kv_cache<T, cpu>* draft_cache() const { return drafter_ ? &drafter_->cache() : nullptr; }
 
-  void prefill(std::int32_t row, std::span<const std::int32_t> text, std::int32_t to) {
-    verifier_.prefill(row, text, to);
-  }
-  void prefill_draft(std::int32_t row, std::span<const std::int32_t> text, std::int32_t to) {
-    drafter_->prefill(row, text, to);
-  }
+  void prefill(std::span<const prefill_part> parts) { verifier_.prefill(parts); }
+  void prefill_draft(std::span<const prefill_part> parts) { drafter_->prefill(parts); }
   void forget(std::int32_t row) { (*guide_).forget(row); }
 
   void run(const round_plan& plan, const sequence_table& sequences) {

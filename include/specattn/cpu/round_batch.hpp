@@ -25,7 +25,13 @@ struct pass_arrays {
         positions(static_cast<std::size_t>(max_slots)),
         logit_rows(static_cast<std::size_t>(max_slots)),
         slot_offsets(static_cast<std::size_t>(max_sequences) + 1),
-        kv_lens(static_cast<std::size_t>(max_sequences)) {}
+        kv_lens(static_cast<std::size_t>(max_sequences)),
+        cache_rows(static_cast<std::size_t>(max_sequences)) {}
+
+  static std::size_t bytes(std::int32_t max_sequences, std::int32_t max_slots) {
+    return (3 * static_cast<std::size_t>(max_slots) + 3 * static_cast<std::size_t>(max_sequences) + 1) *
+           sizeof(std::int32_t);
+  }
 
   void clear() { slots = rows = sequences = 0; }
   void begin_sequence(std::int32_t kv_len) {
@@ -38,17 +44,17 @@ struct pass_arrays {
     positions.data()[slots++] = position;
   }
   void end_sequence() { slot_offsets.data()[++sequences] = slots; }
-  /// One sequence, whose slots are positions [from, to) of a text and want no logits.
-  void fill(std::span<const std::int32_t> text, std::int32_t from, std::int32_t to) {
-    clear();
+  /// A sequence whose slots are positions [from, to) of a text and want no logits.
+  void add_text(std::int32_t row, std::span<const std::int32_t> text, std::int32_t from, std::int32_t to) {
+    cache_rows.data()[sequences] = row;
     begin_sequence(from);
     for (std::int32_t i = from; i < to; ++i) add_slot(text[static_cast<std::size_t>(i)], i, false);
     end_sequence();
   }
 
-  /// \param cache_rows [sequences]
-  pass_layout<cpu> layout(const std::int32_t* cache_rows) const {
-    return {slot_offsets.shaped({sequences + 1}), kv_lens.shaped({sequences}), {cache_rows, {sequences}}};
+  /// \param rows_of [sequences] cache rows
+  pass_layout<cpu> layout(const std::int32_t* rows_of) const {
+    return {slot_offsets.shaped({sequences + 1}), kv_lens.shaped({sequences}), {rows_of, {sequences}}};
   }
 
   forward_batch<> batch() const {
@@ -57,6 +63,7 @@ struct pass_arrays {
   }
 
   buffer<std::int32_t, cpu> tokens, positions, logit_rows, slot_offsets, kv_lens;
+  buffer<std::int32_t, cpu> cache_rows;  ///< of add_text()'s sequences
   std::int32_t slots = 0;
   std::int32_t rows = 0;
   std::int32_t sequences = 0;
@@ -67,14 +74,22 @@ struct round_batch {
   round_batch(const decode_sizes& sizes, std::int32_t vocab)
       : rows(static_cast<std::size_t>(sizes.sequences)),
         draft_lengths(static_cast<std::size_t>(sizes.sequences)),
+        draft_steps(static_cast<std::size_t>(sizes.sequences)),
         judged_offsets(static_cast<std::size_t>(sizes.sequences) + 1),
         drafted(static_cast<std::size_t>(sizes.judged)),
         probabilities(static_cast<std::size_t>(sizes.judged) * static_cast<std::size_t>(vocab)),
         failed(static_cast<std::size_t>(sizes.sequences)),
         draft_counts(static_cast<std::size_t>(sizes.sequences)) {}
 
+  static std::size_t bytes(const decode_sizes& sizes, std::int32_t vocab) {
+    const auto sequences = static_cast<std::size_t>(sizes.sequences), judged = static_cast<std::size_t>(sizes.judged);
+    return sequences * (4 * sizeof(std::int32_t) + sizeof(std::uint8_t) + sizeof(decode_counts)) +
+           sizeof(std::int32_t) + judged * (sizeof(std::int32_t) + static_cast<std::size_t>(vocab) * sizeof(float));
+  }
+
   std::int32_t first_drafted(std::int32_t s) const { return judged_offsets.data()[s] - s; }
   std::int32_t& draft_length(std::int32_t s) const { return draft_lengths.data()[s]; }
+  std::int32_t& steps(std::int32_t s) const { return draft_steps.data()[s]; }
   std::span<const std::int32_t> drafted_of(std::int32_t s) const {
     return {drafted.data() + first_drafted(s), static_cast<std::size_t>(draft_length(s))};
   }
@@ -86,6 +101,7 @@ struct round_batch {
       const std::int32_t s = size++;
       rows.data()[s] = row.row;
       draft_length(s) = row.drafts;
+      steps(s) = row.steps;
       judged_offsets.data()[s + 1] = judged_offsets.data()[s] + row.drafts + 1;
     }
     std::fill_n(failed.data(), failed.size(), std::uint8_t{0});
@@ -95,6 +111,7 @@ struct round_batch {
   void drop_drafts(std::int32_t s, std::int32_t kept) const {
     failed.data()[s] = 1;
     draft_length(s) = (std::min)(draft_length(s), kept);
+    steps(s) = (std::min)(steps(s), kept);
   }
   bool any_failed() const {
     return std::any_of(failed.data(), failed.data() + size, [](std::uint8_t f) { return f != 0; });
@@ -113,13 +130,14 @@ struct round_batch {
     }
     judged_offsets.data()[size] = at + size;
   }
-  std::int32_t longest_draft() const {
-    return size == 0 ? 0 : *std::max_element(draft_lengths.data(), draft_lengths.data() + size);
+  std::int32_t most_steps() const {
+    return size == 0 ? 0 : *std::max_element(draft_steps.data(), draft_steps.data() + size);
   }
 
   std::int32_t size = 0;
   buffer<std::int32_t, cpu> rows;            ///< [sequences] cache rows
   buffer<std::int32_t, cpu> draft_lengths;   ///< [sequences] γ of this round
+  buffer<std::int32_t, cpu> draft_steps;     ///< [sequences] γ, and one more where its last token's attention guides
   buffer<std::int32_t, cpu> judged_offsets;  ///< [sequences + 1] slots whose logits are wanted: γ + 1 each
   buffer<std::int32_t, cpu> drafted;         ///< drafted tokens, a sequence's from first_drafted(s)
   buffer<float, cpu> probabilities;          ///< [drafted, vocab] what they were drawn from

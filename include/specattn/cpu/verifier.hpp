@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <type_traits>
+#include <utility>
 
 #include "../attention_pass.hpp"
 #include "../decode_options.hpp"
@@ -17,6 +19,7 @@
 #include "../sequence_table.hpp"
 #include "../verify.hpp"
 #include "kept_lists.hpp"
+#include "prefill.hpp"
 #include "round_batch.hpp"
 
 #include "../words_begin.hpp"
@@ -36,23 +39,28 @@ class verifier {
         sizes_(sizes),
         needs_(needs),
         cache_(sizes.target_cache),
-        pass_(sizes.sequences, max_slots()),
+        pass_(sizes.sequences, most_slots(options, sizes)),
         lists_(shape_, sizes.sequences, sizes.positions) {
-    if (needs.target_weights) weights_ = buffer<float, B>(sizes.target_weights);
-    logits_ = buffer<float, B>(static_cast<std::size_t>(sizes.judged) * static_cast<std::size_t>(shape_.vocab));
-    const auto count = static_cast<std::size_t>(sizes.sequences);
-    replayed_ = buffer<std::int32_t, B>(count);
-    accepted_ = buffer<std::int32_t, B>(count);
-    next_ = buffer<std::int32_t, B>(count);
-    dense_ = buffer<std::uint8_t, B>(count);
-    positions_ = buffer<std::int64_t, B>(count);
-    samplers_ = buffer<sampler_options, B>(count);
+    arrays(shape_, sizes, needs, [this](auto, auto array, std::size_t count) {
+      this->*array = std::remove_reference_t<decltype(this->*array)>(count);
+    });
+  }
+
+  /// Adds up what a verifier allocates.
+  static void count_bytes(const model_shape& target, const decode_options& options, const decode_sizes& sizes,
+                          const guide_needs& needs, decode_memory& memory) {
+    memory.logits += pass_arrays::bytes(sizes.sequences, most_slots(options, sizes));
+    memory.target_cache += kv_cache<T, B>::bytes(sizes.target_cache);
+    memory.selections += kept_lists::bytes(target, sizes.sequences, sizes.positions);
+    arrays(target, sizes, needs, [&](auto kind, auto array, std::size_t count) {
+      memory.*kind += count * sizeof(*(std::declval<verifier&>().*array).data());
+    });
   }
 
   /// Of rounds, and of prefill passes.
   std::size_t workspace_bytes(const context<B>& ctx) const {
-    return (std::max)(attend_workspace_bytes(ctx, {sizes_.sequences, max_slots(), shape_.q_heads, shape_.kv_heads,
-                                                   shape_.head_dim, sizes_.positions}),
+    return (std::max)(attend_workspace_bytes(ctx, {sizes_.sequences, most_slots(options_, sizes_), shape_.q_heads,
+                                                   shape_.kv_heads, shape_.head_dim, sizes_.positions}),
                       verify_workspace_bytes(ctx, sizes_.judged, shape_.vocab));
   }
 
@@ -62,14 +70,9 @@ class verifier {
   round_state<T, B>& state() { return state_; }
   std::int32_t next_token(std::int32_t s) const { return next_.data()[s]; }
 
-  /// Caches a row's text up to position `to`, in one pass.
-  void prefill(std::int32_t row, std::span<const std::int32_t> text, std::int32_t to) {
-    const std::int32_t from = cache_.length(row);
-    pass_.fill(text, from, to);
-    cache_.reserve(row, to - from);
-    attention_pass<T, B> pass(*ctx_, cache_, pass_.layout(&row));
-    target_->forward(*ctx_, pass_.batch(), pass, view<float, 2, B>(logits_.data(), {0, shape_.vocab}));
-    cache_.advance(row, to - from);
+  /// Caches texts, in one pass.
+  void prefill(std::span<const prefill_part> parts) {
+    prefill_parts(*ctx_, *target_, cache_, pass_, parts, view<float, 2, B>(logits_.data(), {0, shape_.vocab}));
   }
 
   /// A sequence's slots: positions to rewrite (when it is refreshed), its last token, its drafted tokens.
@@ -171,7 +174,25 @@ class verifier {
   }
 
  private:
-  std::int32_t max_slots() const { return (std::max)(sizes_.verify_slots, options_.prefill_chunk); }
+  /// visit(kind, array, count): every array, what it is counted as, and its elements.
+  template <class Visit>
+  static void arrays(const model_shape& target, const decode_sizes& sizes, const guide_needs& needs, Visit&& visit) {
+    const auto count = static_cast<std::size_t>(sizes.sequences);
+    constexpr auto logits = &decode_memory::logits;
+    if (needs.target_weights) visit(&decode_memory::recordings, &verifier::weights_, sizes.target_weights);
+    visit(logits, &verifier::logits_,
+          static_cast<std::size_t>(sizes.judged) * static_cast<std::size_t>(target.vocab));
+    visit(logits, &verifier::replayed_, count);
+    visit(logits, &verifier::accepted_, count);
+    visit(logits, &verifier::next_, count);
+    visit(logits, &verifier::dense_, count);
+    visit(logits, &verifier::positions_, count);
+    visit(logits, &verifier::samplers_, count);
+  }
+
+  static std::int32_t most_slots(const decode_options& options, const decode_sizes& sizes) {
+    return (std::max)(sizes.verify_slots, options.prefill_chunk);
+  }
   pass_layout<B> layout(const round_batch& batch) const { return pass_.layout(batch.rows.data()); }
 
   /// The round as the guide sees it.

@@ -47,8 +47,8 @@ static __global__ void __launch_bounds__(guide_threads)
 struct history_launch {
   view<const float, 4, cuda> weights;  // [layers, slots, q_heads, capacity]
   selection_view<cuda> kept;
-  view<const std::int32_t, 1, cuda> kv_lens, accepted, cache_rows;
-  std::int32_t slots, kv_heads;
+  view<const std::int32_t, 1, cuda> kv_lens, accepted, cache_rows, slot_offsets;
+  std::int32_t kv_heads;
   float* out_weights;  // [cache rows, groups, capacity]
   std::int32_t* out_positions;
   std::int32_t* out_counts;
@@ -70,12 +70,12 @@ static __global__ void __launch_bounds__(guide_threads)
   const std::int32_t attended = count == keep_all ? kv_len : count;
   const auto heads = static_cast<std::int32_t>(launch.weights.extent(2)) / launch.kv_heads;
   const std::ptrdiff_t row = std::ptrdiff_t{launch.cache_rows[s]} * groups + group;
+  const std::int32_t first = launch.slot_offsets[s];
   const float share = 1.0f / static_cast<float>(used * heads);
   for (auto i = static_cast<std::int32_t>(threadIdx.x); i < attended + used; i += guide_threads) {
     float sum = 0.0f;
     for (std::int32_t j = i < attended ? 0 : i - attended; j < used; ++j) {
-      for (std::int32_t q = 0; q < heads; ++q)
-        sum += launch.weights(layer, s * launch.slots + j, head * heads + q, i);
+      for (std::int32_t q = 0; q < heads; ++q) sum += launch.weights(layer, first + j, head * heads + q, i);
     }
     launch.out_weights[row * launch.capacity + i] = sum * share;
     if (count != keep_all) {
@@ -124,7 +124,7 @@ class draft_guide<cuda> : public detail::draft_guide_base<draft_guide<cuda>, cud
                                         round.kv_lens,
                                         round.accepted,
                                         round.rows,
-                                        round.slots,
+                                        round.slot_offsets,
                                         round.kv_heads,
                                         m.history_weights.data(),
                                         m.history_positions.data(),
@@ -151,6 +151,7 @@ class draft_guide<cuda> : public detail::draft_guide_base<draft_guide<cuda>, cud
     args.draft_weights = round.draft_weights;
     args.masses = round.draft_masses;
     args.history = history_of(m, round.rows);
+    args.steps = round.draft_steps;
     args.kv_len = round.max_kv_len;
     args.length = round.kv_lens;
     args.separate_steps = out.extent(1) > 1;

@@ -21,9 +21,8 @@ template <class T, int Rank, int Apart>
 class row_walk {
  public:
   /// \param rows  [steps, draft layers, sequences, q_heads, …]
-  __device__ row_walk(const view<const T, Rank, cuda>& rows, std::int32_t first_step, std::int32_t steps)
+  __device__ row_walk(const view<const T, Rank, cuda>& rows, std::int32_t steps)
       : rows_(rows),
-        first_step_(first_step),
         steps_(steps),
         layers_(static_cast<std::int32_t>(rows.extent(1))),
         heads_(static_cast<std::int32_t>(rows.extent(3))),
@@ -35,7 +34,9 @@ class row_walk {
 
   /// \param row       of eight
   /// \param position  0 where a row has one number
-  __device__ __forceinline__ void start(std::int32_t sequence, std::int32_t eight, int row, std::int32_t position) {
+  __device__ __forceinline__ void start(std::int32_t first_step, std::int32_t sequence, std::int32_t eight, int row,
+                                        std::int32_t position) {
+    first_step_ = first_step;
     step_ = layer_ = 0;
     eight_ = eight;
     at_ = rows_.data() + first_step_ * rows_.stride(0) + sequence * rows_.stride(2) +
@@ -72,7 +73,7 @@ class row_walk {
     }
   }
   const view<const T, Rank, cuda>& rows_;
-  std::int32_t first_step_, steps_, layers_, heads_, step_ = 0, layer_ = 0, eight_ = 0;
+  std::int32_t first_step_ = 0, steps_, layers_, heads_, step_ = 0, layer_ = 0, eight_ = 0;
   std::ptrdiff_t to_step_, to_eight_, to_layer_;
   const T* at_ = nullptr;
 };
@@ -96,8 +97,8 @@ class row_producer {
         warp_((static_cast<int>(threadIdx.x) - importance_threads) / 32),
         lane_(static_cast<int>(threadIdx.x) % 32),
         units_(memory + stage_ring_bytes(row_stages) + warp_ * row_ahead_bytes + lane_ * 16),
-        weights_(launch.args.draft_weights, launch.first_step(), launch.steps()),
-        masses_(launch.args.masses, launch.first_step(), launch.steps()),
+        weights_(launch.args.draft_weights, launch.all_steps()),
+        masses_(launch.args.masses, launch.all_steps()),
         asked_(launch) {}
 
   __device__ __forceinline__ void run() {
@@ -106,7 +107,7 @@ class row_producer {
     std::int32_t n = 0;
     for (item_walk<launch_type> item(launch_); item.more(); item.next()) {
       place_ = item.place();
-      masses_.start(place_.sequence, warp_, lane_, 0);
+      masses_.start(launch_.first_step(place_.sequence), place_.sequence, warp_, lane_, 0);
       read_factor();
       for (std::int32_t chunk = 0; chunk < launch_.chunks; ++chunk, ++n) fill(n, chunk);
     }
@@ -123,10 +124,11 @@ class row_producer {
     to_ask_ = 0;
     if (!asked_.more()) return;
     const importance_place place = asked_.place();
-    weights_.start(place.sequence, warp_, row(0), place.begin + column() * piece::size);
+    weights_.start(launch_.first_step(place.sequence), place.sequence, warp_, row(0),
+                   place.begin + column() * piece::size);
     const std::int32_t left = place.left - column() * piece::size;
     asked_size_ = left < 0 ? 0 : left < piece::size ? left : piece::size;
-    to_ask_ = launch_.chunks * units * launch_.steps();
+    to_ask_ = launch_.chunks * units * launch_.all_steps();
   }
   __device__ __forceinline__ void ask(int slot) {
     if (to_ask_ > 0) {
@@ -174,7 +176,7 @@ class row_producer {
   }
   /// Adds one step's unit to `means`.
   __device__ __forceinline__ void add_unit(mean_piece<T> (&means)[pieces]) {
-    const float factor = mass_factor(next_mass_, launch_.steps()) * next_scale_;
+    const float factor = mass_factor(next_mass_, launch_.all_steps()) * next_scale_;
     await_copies<ahead - 1>();
     piece weights[pieces];
 #pragma unroll
@@ -197,7 +199,7 @@ class row_producer {
     std::byte* block = stages_ + n % row_stages * importance_stage_bytes + coefficient_block_bytes;
     for (int unit = 0; unit < units; ++unit) {
       mean_piece<T> means[pieces];
-      for (std::int32_t step = 0; step < launch_.steps(); ++step) add_unit(means);
+      for (std::int32_t step = 0; step < launch_.all_steps(); ++step) add_unit(means);
       const int at = (unit * warps + warp_) * packed_eight_bytes;
 #pragma unroll
       for (int j = 0; j < pieces; ++j) means[j].store(block + at, row(j), column());

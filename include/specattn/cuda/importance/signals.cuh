@@ -45,8 +45,16 @@ struct importance_launch {
     const std::int32_t sequence = tile / tiles, first = tile % tiles * importance_tile;
     return {sequence, first, kv_len(sequence) - first};
   }
-  __device__ std::int32_t first_step() const { return args.separate_steps ? row : 0; }
-  __device__ std::int32_t steps() const {
+  /// The step that a row begins with: that of the row, or the last one that the sequence has taken.
+  __device__ std::int32_t first_step(std::int32_t sequence) const {
+    if (!args.separate_steps) return 0;
+    const std::int32_t last = args.steps_of(sequence) - 1;
+    return row < last ? row : last;
+  }
+  __device__ std::int32_t steps(std::int32_t sequence) const {
+    return args.separate_steps ? 1 : args.steps_of(sequence);
+  }
+  __device__ std::int32_t all_steps() const {
     return args.separate_steps ? 1 : static_cast<std::int32_t>(args.draft_weights.extent(0));
   }
 };
@@ -165,7 +173,7 @@ __global__ void __launch_bounds__(importance_threads, 4)
   const std::int32_t position = place.begin + column * piece::size;
   const bool exists = layer < args.draft_weights.extent(1) && head < q_heads;
   const std::int32_t left = exists ? place.left - column * piece::size : 0;
-  const std::int32_t first = launch.first_step(), steps = launch.steps();
+  const std::int32_t first = launch.first_step(s), steps = launch.steps(s);
   mean_piece<T> mean;
   for (std::int32_t step = 0; left > 0 && step < steps; step += ahead) {
     piece weights[ahead];

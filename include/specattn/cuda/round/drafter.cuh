@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 #include "../../attention_pass.hpp"
 #include "../../decode_options.hpp"
@@ -23,7 +25,7 @@
 
 namespace specattn::inline SPECATTN_CODE::detail {
 
-/// Used by decoder. Every sequence of a batch drafts the same number of tokens.
+/// Used by decoder. A sequence that has drafted enough has no slots in the steps after.
 template <storage T, class Draft>
 class device_drafter {
  public:
@@ -37,21 +39,22 @@ class device_drafter {
         positions_(sizes.positions),
         cache_(sizes.draft_cache),
         record_(record || options.sparse_draft) {
-    const auto sequences = static_cast<std::size_t>(sizes.sequences);
-    if (record_) {
-      queries_ = query_memory<cuda>(shape_, sizes);
-      weights_ = buffer<fp16, cuda>(sizes.draft_weights);
-      masses_ = buffer<float, cuda>(sequences * static_cast<std::size_t>(rows_ * heads()));
-    }
-    if (options.sparse_draft) {
-      const auto groups = static_cast<std::size_t>(sizes.draft_groups);
-      kept_ = selection<cuda>(sizes.draft_groups, positions_);
-      selected_ = buffer<std::int32_t, cuda>(groups);
-      lengths_ = buffer<std::int32_t, cuda>(groups);
-      left_out_ = buffer<std::int32_t, cuda>(groups);
-      if (own_rows() == 1) sums_ = buffer<fp16, cuda>(groups * static_cast<std::size_t>(capacity_));
-    }
-    logits_ = buffer<float, cuda>(sequences * static_cast<std::size_t>(shape_.vocab));
+    arrays(shape_, options, sizes, record, [this](auto, auto array, std::size_t count) {
+      this->*array = std::remove_reference_t<decltype(this->*array)>(count);
+    });
+    if (record_) queries_ = query_memory<cuda>(shape_, sizes);
+    if (options.sparse_draft) kept_ = selection<cuda>(sizes.draft_groups, positions_);
+  }
+
+  /// Adds up what a drafter allocates.
+  static void count_bytes(const model_shape& draft, const decode_options& options, const decode_sizes& sizes,
+                          bool record, decode_memory& memory) {
+    memory.draft_cache += kv_cache<T, cuda>::bytes(sizes.draft_cache);
+    arrays(draft, options, sizes, record, [&](auto kind, auto array, std::size_t count) {
+      memory.*kind += count * sizeof(*(std::declval<device_drafter&>().*array).data());
+    });
+    if (record || options.sparse_draft) memory.recordings += query_memory<cuda>::bytes(draft, sizes);
+    if (options.sparse_draft) memory.selections += selection<cuda>::bytes(sizes.draft_groups, sizes.positions);
   }
 
   std::size_t workspace_bytes(const context<cuda>& ctx, std::int32_t sequences) const {
@@ -80,11 +83,11 @@ class device_drafter {
   /// \param probabilities [sequences, drafts, vocab] what tokens are drawn from; empty: all are greedy
   void queue(context<cuda>& ctx, const round_arrays& round, std::int32_t max_kv_len,
              view<float, 3, cuda> probabilities) {
-    for (std::int32_t step = 0; step < round.drafts; ++step) {
+    for (std::int32_t step = 0; step < round.steps; ++step) {
       start_kernel(ctx, draft_step_kernel, dim3(1), layout_threads, draft_step_launch{round, step}, "decode");
       if (is_sparse(round)) grow_lists(ctx, round);
       attend_in(ctx, round, step);
-      draw(ctx, round, step, probabilities);
+      if (step < round.drafts && round.forced == nullptr) draw(ctx, round, step, probabilities);
     }
     if (!record_ || round.reuse) return;
     record(ctx, round, max_kv_len);
@@ -108,6 +111,27 @@ class device_drafter {
   }
 
  private:
+  /// visit(kind, array, count): every array, what it is counted as, and its elements.
+  template <class Visit>
+  static void arrays(const model_shape& draft, const decode_options& options, const decode_sizes& sizes, bool record,
+                     Visit&& visit) {
+    const auto sequences = static_cast<std::size_t>(sizes.sequences);
+    const auto heads = static_cast<std::size_t>(draft.layers) * static_cast<std::size_t>(draft.q_heads);
+    const auto groups = static_cast<std::size_t>(sizes.draft_groups);
+    visit(&decode_memory::logits, &device_drafter::logits_, sequences * static_cast<std::size_t>(draft.vocab));
+    if (!record && !options.sparse_draft) return;
+    visit(&decode_memory::recordings, &device_drafter::weights_, sizes.draft_weights);
+    visit(&decode_memory::recordings, &device_drafter::masses_,
+          sequences * static_cast<std::size_t>(sizes.recorded_rows) * heads);
+    if (!options.sparse_draft) return;
+    visit(&decode_memory::selections, &device_drafter::selected_, groups);
+    visit(&decode_memory::selections, &device_drafter::lengths_, groups);
+    visit(&decode_memory::selections, &device_drafter::left_out_, groups);
+    if (options.draft_rule.rows == combine::mean)
+      visit(&decode_memory::recordings, &device_drafter::sums_,
+            groups * static_cast<std::size_t>(sizes.recording_capacity));
+  }
+
   bool is_sparse(const round_arrays& round) const { return options_.sparse_draft && round.listed; }
   selection_view<cuda> lists(const round_arrays& round) const {
     return kept_.view().slice(0, std::ptrdiff_t{shape_.layers} * round.sequences * shape_.kv_heads);
@@ -121,14 +145,15 @@ class device_drafter {
     if (rule.rows == combine::mean) rule.rows = combine::unite;
     return rule;
   }
-  std::int32_t recorded(const round_arrays& round) const { return (std::min)(rows_, round.drafts); }
+  std::int32_t recorded(const round_arrays& round) const { return (std::min)(rows_, round.steps); }
   std::ptrdiff_t step_rows(const round_arrays& round) const { return std::ptrdiff_t{heads()} * round.sequences; }
 
   void attend_in(context<cuda>& ctx, const round_arrays& round, std::int32_t step) {
     attention_pass<T, cuda> pass(ctx, cache_, draft_layout(round));
     if (record_ && step < steps_ && !round.reuse) pass.keep_queries(queries_.log(step, round.sequences));
     if (is_sparse(round)) pass.guide_by(lists(round));
-    draft_->forward(ctx, draft_slots(round, step), pass, logits_.shaped({round.sequences, shape_.vocab}));
+    const forward_batch<cuda> slots = draft_slots(round, step);
+    draft_->forward(ctx, slots, pass, logits_.shaped({slots.logit_rows.extent(0), shape_.vocab}));
   }
 
   void draw(context<cuda>& ctx, const round_arrays& round, std::int32_t step, view<float, 3, cuda> probabilities) {
@@ -142,9 +167,9 @@ class device_drafter {
 
   void record(context<cuda>& ctx, const round_arrays& round, std::int32_t max_kv_len) {
     const std::ptrdiff_t n = round.sequences, q_heads = shape_.q_heads;
-    recompute_steps_args<T, cuda> args = queries_.asked((std::min)(steps_, round.drafts), round.sequences, cache_);
-    args.slot_of = {round.draft_logit_rows, {args.q.extent(0), n}};
-    args.kv_lens = {round.prefix_lens, {n}};
+    recompute_steps_args<T, cuda> args = queries_.asked((std::min)(steps_, round.steps), round.sequences, cache_);
+    args.slot_of = {round.asking, {args.q.extent(0), n}};
+    args.kv_lens = {round.weighed_lens, {n}};
     args.cache_rows = {round.cache_rows, {n}};
     args.weights = {weights_.data(),
                     {recorded(round), shape_.layers, n, q_heads, max_kv_len},

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "../../decode_state.hpp"
 #include "../device/graph.cuh"
 #include "layout.cuh"
 
@@ -18,12 +19,14 @@ namespace specattn::inline SPECATTN_CODE::detail {
 /// What a captured round depends on besides what it reads.
 struct round_key {
   std::vector<std::int32_t> rows;  ///< cache rows, ascending
-  std::int32_t drafts = 0;
-  std::int32_t max_len = 0;  ///< of the texts
-  bool sparse = false;       ///< the guide decides what is read
-  bool sampled = false;      ///< some sequence is not greedy
-  bool listed = false;       ///< a sparse draft has lists to read
-  bool reuse = false;        ///< of lists that a round before has selected
+  std::int32_t drafts = 0;         ///< the most that a row drafts
+  std::int32_t steps = 0;          ///< the most draft steps that a row takes
+  std::int32_t max_len = 0;        ///< of the texts
+  bool sparse = false;             ///< the guide decides what is read
+  bool sampled = false;            ///< some sequence is not greedy
+  bool listed = false;             ///< a sparse draft has lists to read
+  bool reuse = false;              ///< of lists that a round before has selected
+  bool forced = false;             ///< tokens are given
   friend bool operator==(const round_key&, const round_key&) = default;
 };
 
@@ -72,10 +75,23 @@ class round_exchange {
         input_(static_cast<std::size_t>(sequences)),
         samplers_(static_cast<std::size_t>(sequences)),
         output_(static_cast<std::size_t>(sequences)),
+        forced_(static_cast<std::size_t>(sequences) * static_cast<std::size_t>(drafts + 1)),
+        losses_(forced_.size()),
         drafted_(static_cast<std::size_t>(sequences) * static_cast<std::size_t>(drafts)) {}
 
-  round_arrays arrays(std::int32_t sequences, std::int32_t drafts) const { return device_.arrays(sequences, drafts); }
+  round_arrays arrays(const round_key& key) const {
+    return device_.arrays(static_cast<std::int32_t>(key.rows.size()), key.drafts, key.steps, key.forced);
+  }
 
+  /// The tokens that a sequence drafts and emits, where those are given; and afterwards their losses.
+  std::span<std::int32_t> forced(std::size_t s, std::int32_t drafts) {
+    const auto each = static_cast<std::size_t>(drafts) + 1;
+    return {forced_.data() + s * each, each};
+  }
+  std::span<const float> losses(std::size_t s, std::int32_t drafts) const {
+    const auto each = static_cast<std::size_t>(drafts) + 1;
+    return {losses_.data() + s * each, each};
+  }
   /// Before a round is launched.
   void tell(std::size_t s, const sequence_input& input, const sampler_options& sampler) {
     input_[s] = input;
@@ -85,11 +101,13 @@ class round_exchange {
     const auto n = static_cast<std::size_t>(round.sequences);
     copy_elements(ctx, device_.input(), input_.data(), n);
     copy_elements(ctx, device_.samplers(), samplers_.data(), n);
+    if (round.forced != nullptr) copy_elements<std::int32_t>(ctx, device_.forced(), forced_.data(), judged(round));
   }
   void queue_outputs(const context<cuda>& ctx, const round_arrays& round) const {
     const auto n = static_cast<std::size_t>(round.sequences);
     copy_elements<sequence_output>(ctx, output_.data(), round.output, n);
     copy_elements<std::int32_t>(ctx, drafted_.data(), round.drafted, n * static_cast<std::size_t>(round.drafts));
+    if (round.forced != nullptr) copy_elements<float>(ctx, losses_.data(), round.losses, judged(round));
   }
   /// After it has ended.
   const sequence_input& told(std::int32_t s) const { return input_[static_cast<std::size_t>(s)]; }
@@ -100,10 +118,16 @@ class round_exchange {
   }
 
  private:
+  static std::size_t judged(const round_arrays& round) {
+    return static_cast<std::size_t>(round.sequences) * static_cast<std::size_t>(round.most_slots());
+  }
+
   round_memory device_;
   pinned_buffer<sequence_input> input_;
   pinned_buffer<sampler_options> samplers_;
   pinned_buffer<sequence_output> output_;
+  pinned_buffer<std::int32_t> forced_;
+  pinned_buffer<float> losses_;
   pinned_buffer<std::int32_t> drafted_;
 };
 
@@ -111,31 +135,57 @@ class round_exchange {
 class prefill_arrays {
  public:
   prefill_arrays() = default;
-  explicit prefill_arrays(std::int32_t most) : host_(2 * static_cast<std::size_t>(most) + 4), device_(host_.size()) {}
+  /// \param slots, sequences the most of a pass
+  prefill_arrays(std::int32_t slots, std::int32_t sequences)
+      : host_(size(slots, sequences)), device_(size(slots, sequences)) {}
+  static std::size_t bytes(std::int32_t slots, std::int32_t sequences) {
+    return size(slots, sequences) * sizeof(std::int32_t);
+  }
 
-  /// Uploads tokens that stand from position `first` on, for a cache row that holds `cached`. The copy is staged: the
-  /// host's arrays are free again.
-  void upload(const context<cuda>& ctx, std::span<const std::int32_t> tokens, std::int32_t first, std::int32_t cached,
-              std::int32_t row) {
-    count_ = static_cast<std::int32_t>(tokens.size());
-    auto at = std::copy(tokens.begin(), tokens.end(), host_.begin());
-    for (std::int32_t i = 0; i < count_; ++i) *at++ = first + i;
-    for (const std::int32_t number : {0, count_, cached, row}) *at++ = number;
-    copy_elements<std::int32_t>(ctx, device_.data(), host_.data(), 2 * tokens.size() + 4);
+  /// Uploads parts of texts, each from what its row holds on. The copy is staged: the host's arrays are free again.
+  /// \param cached of a row
+  template <class Cached>
+  void upload(const context<cuda>& ctx, std::span<const prefill_part> parts, Cached&& cached) {
+    slots_ = 0;
+    sequences_ = static_cast<std::int32_t>(parts.size());
+    for (const prefill_part& part : parts) slots_ += part.to - cached(part.row);
+    auto* token = host_.data();
+    auto* position = token + slots_;
+    auto* offset = position + slots_;
+    auto* length = offset + sequences_ + 1;
+    auto* row = length + sequences_;
+    std::int32_t slot = 0;
+    for (const prefill_part& part : parts) {
+      *offset++ = slot;
+      *length++ = cached(part.row);
+      *row++ = part.row;
+      for (std::int32_t i = cached(part.row); i < part.to; ++i, ++slot) {
+        *token++ = part.text[static_cast<std::size_t>(i)];
+        *position++ = i;
+      }
+    }
+    *offset = slot;
+    copy_elements<std::int32_t>(ctx, device_.data(), host_.data(), static_cast<std::size_t>(row - host_.data()));
   }
   forward_batch<cuda> batch() const {
     std::int32_t* const device = device_.data();
-    return {{device, {count_}}, {device + count_, {count_}}, {device, {0}}};
+    return {{device, {slots_}}, {device + slots_, {slots_}}, {device, {0}}};
   }
   pass_layout<cuda> layout() const {
-    std::int32_t* const numbers = device_.data() + 2 * std::ptrdiff_t{count_};
-    return {{numbers, {2}}, {numbers + 2, {1}}, {numbers + 3, {1}}};
+    std::int32_t* const numbers = device_.data() + 2 * std::ptrdiff_t{slots_};
+    return {{numbers, {sequences_ + 1}},
+            {numbers + sequences_ + 1, {sequences_}},
+            {numbers + 2 * std::ptrdiff_t{sequences_} + 1, {sequences_}}};
   }
 
  private:
+  static std::size_t size(std::int32_t slots, std::int32_t sequences) {
+    return 2 * static_cast<std::size_t>(slots) + 3 * static_cast<std::size_t>(sequences) + 1;
+  }
+
   std::vector<std::int32_t> host_;
   buffer<std::int32_t, cuda> device_;
-  std::int32_t count_ = 0;
+  std::int32_t slots_ = 0, sequences_ = 0;
 };
 
 }  // namespace specattn::inline SPECATTN_CODE::detail

@@ -16,7 +16,7 @@ namespace specattn::inline SPECATTN_CODE::detail {
 
 inline constexpr int record_threads = 256;
 
-/// Before a round's lists are selected: what they are selected from is its prefix.
+/// Before a round's lists are selected: what they are selected from is its prefix, or nothing where it took no step.
 struct own_lengths_launch {
   round_arrays round;
   std::int32_t* lengths;  // [layers, sequences, kv_heads]
@@ -26,7 +26,7 @@ struct own_lengths_launch {
 static __global__ void __launch_bounds__(record_threads)
     own_lengths_kernel(const __grid_constant__ own_lengths_launch launch) {
   const auto g = static_cast<std::int32_t>(blockIdx.x * record_threads + threadIdx.x);
-  if (g < launch.groups) launch.lengths[g] = launch.round.prefix_lens[g / launch.kv_heads % launch.round.sequences];
+  if (g < launch.groups) launch.lengths[g] = launch.round.weighed_lens[g / launch.kv_heads % launch.round.sequences];
 }
 
 /// The mean of a group's heads, each of unit mass: what a sparse draft's lists are selected from.
@@ -51,7 +51,7 @@ static __global__ void __launch_bounds__(record_threads)
   };
   const std::ptrdiff_t group = folded_row();
   const std::ptrdiff_t at = (std::ptrdiff_t{blockIdx.x} * record_threads + threadIdx.x) * width;
-  if (at >= launch.round.prefix_lens[group / launch.kv_heads % launch.round.sequences]) return;
+  if (at >= launch.round.weighed_lens[group / launch.kv_heads % launch.round.sequences]) return;
   const fp16* const rows = launch.weights + group * launch.heads * launch.capacity + at;
   float sums[width] = {};
 #pragma unroll 4

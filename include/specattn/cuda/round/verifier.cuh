@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 #include "../../attention_pass.hpp"
 #include "../../decode_options.hpp"
@@ -16,6 +18,7 @@
 #include "../kv_cache.cuh"
 #include "../verify.cuh"
 #include "exchange.cuh"
+#include "forced.cuh"
 #include "layout.cuh"
 #include "record.cuh"
 
@@ -35,15 +38,20 @@ class device_verifier {
         dense_layers_(options.dense_layers),
         capacity_(sizes.recording_capacity),
         cache_(sizes.target_cache) {
-    if (guided) {
-      kept_ = selection<cuda>(sizes.target_groups, sizes.positions);
-      selected_ = buffer<std::int32_t, cuda>(static_cast<std::size_t>(sizes.target_groups));
-    }
-    if (needs.target_weights) weights_ = buffer<float, cuda>(sizes.target_weights);
-    const auto vocab = static_cast<std::size_t>(shape_.vocab);
-    logits_ = buffer<float, cuda>(static_cast<std::size_t>(sizes.judged) * vocab);
-    probabilities_ = buffer<float, cuda>(static_cast<std::size_t>(sizes.sequences) *
-                                         static_cast<std::size_t>(options.draft_length) * vocab);
+    arrays(shape_, options, sizes, needs, guided, [this](auto, auto array, std::size_t count) {
+      this->*array = std::remove_reference_t<decltype(this->*array)>(count);
+    });
+    if (guided) kept_ = selection<cuda>(sizes.target_groups, sizes.positions);
+  }
+
+  /// Adds up what a verifier allocates.
+  static void count_bytes(const model_shape& target, const decode_options& options, const decode_sizes& sizes,
+                          const guide_needs& needs, bool guided, decode_memory& memory) {
+    memory.target_cache += kv_cache<T, cuda>::bytes(sizes.target_cache);
+    if (guided) memory.selections += selection<cuda>::bytes(sizes.target_groups, sizes.positions);
+    arrays(target, options, sizes, needs, guided, [&](auto kind, auto array, std::size_t count) {
+      memory.*kind += count * sizeof(*(std::declval<device_verifier&>().*array).data());
+    });
   }
 
   /// Of rounds, and of prefill passes of \p prefill_chunk slots.
@@ -71,7 +79,7 @@ class device_verifier {
     round_state<T, cuda> state;
     state.cache_rows = key.rows;
     state.max_kv_len = key.max_len;
-    state.slots = round.slots();
+    state.slot_offsets = {round.offsets, {n + 1}};
     state.rows = {round.cache_rows, {n}};
     state.kv_lens = {round.prefix_lens, {n}};
     state.fresh = {round.fresh, {n}};
@@ -82,10 +90,11 @@ class device_verifier {
     if (drafter != nullptr) {
       state.draft_weights = drafter->weights(round);
       state.draft_masses = drafter->masses(round);
+      state.draft_steps = {round.steps_of, {n}};
     }
     if (!weights_.empty()) {
-      state.target_weights =
-          view<const float, 4, cuda>(weights_.data(), {shape_.layers, n * round.slots(), shape_.q_heads, capacity_});
+      state.target_weights = view<const float, 4, cuda>(
+          weights_.data(), {shape_.layers, n * round.most_slots(), shape_.q_heads, capacity_});
     }
     state.kept = kept_.view().slice(0, std::ptrdiff_t{shape_.layers} * n * shape_.kv_heads);
     return state;
@@ -122,18 +131,19 @@ class device_verifier {
     if (sparse) pass.guide_by(state.kept);
     if (!state.target_weights.empty())
       pass.record({weights_.data(), state.target_weights.extents()}, record_slots::all);
-    target_->forward(ctx, verify_slots(round), pass, logits_.shaped({round.sequences * round.slots(), shape_.vocab}));
+    target_->forward(ctx, verify_slots(round), pass,
+                     logits_.shaped({round.sequences * round.most_slots(), shape_.vocab}));
   }
 
   /// \param probabilities as probabilities(); empty: all sequences are greedy
   void judge(context<cuda>& ctx, const round_arrays& round, view<float, 3, cuda> probabilities) {
     const std::int32_t n = round.sequences, drafted = n * round.drafts;
     verify_args<cuda> args;
-    args.target_logits = logits_.shaped({n * round.slots(), shape_.vocab});
+    args.target_logits = logits_.shaped({n * round.most_slots(), shape_.vocab});
     if (!probabilities.empty())
       args.draft_probabilities = view<float, 2, cuda>(probabilities.data(), {drafted, shape_.vocab});
     args.drafted = {round.drafted, {drafted}};
-    args.slot_offsets = {round.offsets, {n + 1}};
+    args.slot_offsets = {round.judged_offsets, {n + 1}};
     args.samplers = {round.samplers, {n}};
     args.positions = {round.text_lens, {n}};
     args.accepted = {round.accepted, {n}};
@@ -141,7 +151,27 @@ class device_verifier {
     verify(ctx, args);
   }
 
+  /// Accepts what was forced, and notes its losses.
+  void judge_forced(context<cuda>& ctx, const round_arrays& round) {
+    const std::int32_t rows = round.sequences * round.most_slots();
+    const forced_launch launch{round, logits_.shaped({rows, shape_.vocab})};
+    start_kernel(ctx, judge_forced_kernel, dim3(static_cast<unsigned>(rows)), forced_threads, launch, "decode");
+  }
+
  private:
+  /// visit(kind, array, count): every array, what it is counted as, and its elements.
+  template <class Visit>
+  static void arrays(const model_shape& target, const decode_options& options, const decode_sizes& sizes,
+                     const guide_needs& needs, bool guided, Visit&& visit) {
+    const auto vocab = static_cast<std::size_t>(target.vocab);
+    const auto drafted = static_cast<std::size_t>(sizes.sequences) * static_cast<std::size_t>(options.draft_length);
+    visit(&decode_memory::logits, &device_verifier::logits_, static_cast<std::size_t>(sizes.judged) * vocab);
+    visit(&decode_memory::logits, &device_verifier::probabilities_, drafted * vocab);
+    if (guided)
+      visit(&decode_memory::selections, &device_verifier::selected_, static_cast<std::size_t>(sizes.target_groups));
+    if (needs.target_weights) visit(&decode_memory::recordings, &device_verifier::weights_, sizes.target_weights);
+  }
+
   Target* target_;
   model_shape shape_;
   std::int32_t dense_layers_;
