@@ -26,6 +26,7 @@ void for_each_number(Cell& c, Visit visit) {
   visit("draft_rows", c.draft_rows);
   visit("target_rows_dense", c.target_rows_dense);
   visit("draft_rows_dense", c.draft_rows_dense);
+  visit("draft_steps", c.draft_steps);
   visit("dense_share", c.dense_share);
   visit("memory_gb", c.memory_gb);
   visit("copy_gb_s", c.copy_gb_s);

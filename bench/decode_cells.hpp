@@ -75,6 +75,7 @@ struct cell : setup {
   double draft_ms = 0, guide_ms = 0, verify_ms = 0, accept_ms = 0;  ///< events on the device
   double target_rows = 0, draft_rows = 0;                           ///< KV rows that the round read
   double target_rows_dense = 0, draft_rows_dense = 0;               ///< and that dense passes would have read
+  double draft_steps = 0;                                           ///< of each sequence
   double dense_share = 0;                                           ///< of the sequences, those whose round was dense
   double memory_gb = 0;                     ///< models of the pair, caches and everything else the decoder took
   double copy_gb_s = 0;                     ///< of the run that measured the cell

@@ -20,16 +20,18 @@ std::string number(double value, int digits) {
 std::string ratio_or_dash(double value) { return value > 0 ? number(value, 2) + "x" : "-"; }
 
 /// Milliseconds that moving the models' weights once a pass and KV rows takes at the copy bandwidth.
-double bytes_ms(const cell& c, double draft_rows, double target_rows) {
+double bytes_ms(const cell& c, double draft_steps, double draft_rows, double target_rows) {
   const llama_size &target = c.models().target, &draft = c.models().draft;
-  const double bytes = c.draft_length * draft.weight_bytes() + draft_rows * draft.row_bytes() +
-                       target.weight_bytes() + target_rows * target.row_bytes();
+  const double bytes = draft_steps * draft.weight_bytes() + draft_rows * draft.row_bytes() + target.weight_bytes() +
+                       target_rows * target.row_bytes();
   return 1e3 * bytes / (1e9 * c.copy_gb_s);
 }
 
 /// How much faster than dense speculation, at the same draft length, bytes alone would make a round.
 double bound_over_dense(const cell& c) {
-  return bytes_ms(c, c.draft_rows_dense, c.target_rows_dense) / bytes_ms(c, c.draft_rows, c.target_rows);
+  const double dense_draft_rows = c.draft_steps > 0 ? c.draft_rows_dense * c.draft_length / c.draft_steps : 0.0;
+  return bytes_ms(c, c.draft_length, dense_draft_rows, c.target_rows_dense) /
+         bytes_ms(c, c.draft_steps, c.draft_rows, c.target_rows);
 }
 
 double tokens_a_second(const cell& c, double acceptance) {
@@ -140,7 +142,7 @@ void write_cells(std::ostream& out, const cell_file& file) {
     return {share, share * c.batch * c.cached};
   };
   const auto draft_terms = [](const cell& c) -> std::array<double, 3> {
-    return {static_cast<double>(c.draft_length), static_cast<double>(c.draft_length) * c.batch, c.draft_rows};
+    return {c.draft_steps, c.draft_steps * c.batch, c.draft_rows};
   };
   // All cells alike, by their relative error.
   const auto observe = [](auto& fit, auto terms, double milliseconds) {
@@ -193,11 +195,11 @@ byte_floor floor_of(const cell& c) {
   const double milliseconds = 1e3 / (1e9 * c.copy_gb_s);
   const llama_size &target = c.models().target, &draft = c.models().draft;
   byte_floor floor;
-  floor.draft_ms = milliseconds * (c.draft_length * draft.weight_bytes() + c.draft_rows * draft.row_bytes());
+  floor.draft_ms = milliseconds * (c.draft_steps * draft.weight_bytes() + c.draft_rows * draft.row_bytes());
   floor.verify_ms = milliseconds * (target.weight_bytes() + c.target_rows * target.row_bytes());
   if (has_guide(c.decoding)) {
     const double prefix = 1.0 * c.batch * c.cached;
-    const double steps = has_sparse_draft(c.decoding) ? 1 : c.draft_length;
+    const double steps = has_sparse_draft(c.decoding) ? 1 : c.draft_steps;
     // Recorded rows of 16 bits once, importance of 16 bits written and read once, lists written.
     floor.guide_ms = milliseconds * 2 * prefix *
                      (steps * draft.layers * draft.q_heads + target.layers * target.kv_heads * (2 + 2 * c.kept)) /

@@ -225,6 +225,7 @@ cell time_rounds(Decoder& decoder, const std::vector<std::int32_t>& rows, const 
   found.accept_ms = mean(&turn_times::accept);
   found.target_rows = a_round(counts.kv_rows_read);
   found.target_rows_dense = a_round(counts.kv_rows_dense);
+  found.draft_steps = a_round(counts.draft_steps) / plan.batch;
   found.draft_rows = a_round(counts.draft_rows_read);
   found.draft_rows_dense = a_round(counts.draft_rows_dense);
   found.dense_share = static_cast<double>(counts.dense_rounds) / static_cast<double>(counts.rounds);
@@ -250,8 +251,8 @@ inline share_rules find_rules(specattn::context<device>& ctx, loaded_pair& model
         decoder.step([](std::int32_t, std::span<const std::int32_t>) { return true; });
       const specattn::decode_counts& counts = decoder.last_round().counts;
       const auto dense = static_cast<double>(counts.draft_rows_dense);
-      // What the recording read: half a row of each position, where four dense steps read whole ones.
-      const double keys = 0.125 * dense;
+      // What the recording read: half a row of each position, where dense steps read whole ones.
+      const double keys = 0.5 / static_cast<double>(counts.draft_steps) * dense;
       const double shares[2] = {static_cast<double>(counts.kv_rows_read) / static_cast<double>(counts.kv_rows_dense),
                                 (static_cast<double>(counts.draft_rows_read) - keys) / dense};
       for (int i = 0; i < 2; ++i) (shares[i] > what.kept ? high : low)[i] = *sides[i];

@@ -47,7 +47,9 @@ struct round_workload {
   double draft_rows = 0;        ///< of the draft's
   double kept_share = 1;        ///< in a sparse verify pass
   double draft_kept_share = 1;  ///< that a draft step reads, with its part of what recording reads; 1: a dense draft
-  double acceptance = 0;        ///< chance that a drafted token is accepted where those before it were
+  double more_steps = 0;  ///< draft steps of a sparse round besides one a token, on average: 1 where every round
+                          ///< records for its guide
+  double acceptance = 0;  ///< chance that a drafted token is accepted where those before it were
 };
 
 struct round_setting {
@@ -68,10 +70,9 @@ inline double round_seconds(const round_cost& cost, const round_workload& work, 
   const double slots = work.sequences * (setting.draft_length + 1);
   const double share = setting.sparse ? work.kept_share : 1.0;
   double seconds = cost.target.seconds(slots, work.target_rows * (prefix * share + slots));
-  for (std::int32_t step = 0; step < setting.draft_length; ++step) {
-    const double read = prefix * work.draft_kept_share;
-    seconds += cost.draft.seconds(work.sequences, work.draft_rows * (read + work.sequences));
-  }
+  const double read = prefix * work.draft_kept_share;
+  const double steps = setting.draft_length + (setting.sparse && setting.draft_length > 0 ? work.more_steps : 0.0);
+  seconds += steps * cost.draft.seconds(work.sequences, work.draft_rows * (read + work.sequences));
   return setting.sparse ? seconds + cost.guide + cost.guide_position * prefix : seconds;
 }
 
@@ -201,8 +202,8 @@ class round_planner {
     const auto rows = static_cast<double>(c.kv_rows_read);
     target_.observe({1.0, slots, rows, slots * rows}, trace.verify_seconds + trace.accept_seconds);
     if (c.proposed > 0) {
-      const double steps = static_cast<double>(c.proposed) / static_cast<double>(c.rounds);
-      draft_.observe({steps, static_cast<double>(c.proposed), static_cast<double>(c.draft_rows_read)},
+      const double steps = static_cast<double>(c.draft_steps) / static_cast<double>(c.rounds);
+      draft_.observe({steps, static_cast<double>(c.draft_steps), static_cast<double>(c.draft_rows_read)},
                      trace.draft_seconds);
       // Of the drafted tokens that were judged (those after a rejected one were not), how many were accepted.
       accepted_ = fade * accepted_ + static_cast<double>(c.accepted);
@@ -214,6 +215,8 @@ class round_planner {
       guide_.observe({1.0, static_cast<double>(c.rounds) * kv_len}, trace.guide_seconds);
       kept_ = fade * kept_ + rows;
       kept_of_ = fade * kept_of_ + static_cast<double>(c.kv_rows_dense);
+      more_steps_ = fade * more_steps_ + static_cast<double>(c.draft_steps - c.proposed);
+      more_steps_of_ = fade * more_steps_of_ + static_cast<double>(c.rounds);
     }
   }
 
@@ -228,6 +231,7 @@ class round_planner {
     round_workload work = work_;
     work.acceptance = judged_ > 0 ? accepted_ / judged_ : 0.5;
     work.kept_share = kept_of_ > 0 ? kept_ / kept_of_ : 1.0;
+    work.more_steps = more_steps_of_ > 0 ? more_steps_ / more_steps_of_ : 0.0;
     work.draft_kept_share = draft_read_of_ > 0 ? draft_read_ / draft_read_of_ : 1.0;
     return work;
   }
@@ -254,6 +258,7 @@ class round_planner {
   double accepted_ = 0, judged_ = 0;
   double kept_ = 0, kept_of_ = 0;
   double draft_read_ = 0, draft_read_of_ = 0;
+  double more_steps_ = 0, more_steps_of_ = 0;
 };
 
 }  // namespace specattn::inline SPECATTN_CODE

@@ -62,11 +62,11 @@ struct pretend_device {
     c.kv_rows_read = setting.sparse
                          ? static_cast<std::int64_t>(work.target_rows * (work.kv_len * work.kept_share + slots))
                          : c.kv_rows_dense;
-    c.draft_rows_read = c.draft_rows_dense =
-        static_cast<std::int64_t>(work.draft_rows * setting.draft_length * (work.kv_len + 1));
+    c.draft_steps = c.proposed + (setting.sparse ? static_cast<std::int64_t>(work.more_steps) : 0);
+    const auto steps = static_cast<double>(c.draft_steps);
+    c.draft_rows_read = c.draft_rows_dense = static_cast<std::int64_t>(work.draft_rows * steps * (work.kv_len + 1));
     trace.verify_seconds = about(cost.target.seconds(slots, static_cast<double>(c.kv_rows_read)));
-    trace.draft_seconds =
-        about(setting.draft_length * cost.draft.start + cost.draft.row * static_cast<double>(c.draft_rows_read));
+    trace.draft_seconds = about(steps * cost.draft.start + cost.draft.row * static_cast<double>(c.draft_rows_read));
     if (setting.sparse) trace.guide_seconds = about(cost.guide + cost.guide_position * work.kv_len);
     return trace;
   }
@@ -79,6 +79,7 @@ pretend_device long_context() {
   device.cost.guide = 20e-6;
   device.cost.guide_position = 15e-9;
   device.work = {.kv_len = 4000, .target_rows = 24, .draft_rows = 8, .kept_share = 0.25, .acceptance = 0.7};
+  device.work.more_steps = 1;
   return device;
 }
 
