@@ -181,8 +181,7 @@ void add_generate_command(CLI::App& app) {
   add_number(*command, "--min-p", options->sampler.min_p, 0, 1, "0: off");
   command->add_flag("--ignore-eos", options->ignore_eos, "go on after the end-of-text token");
   command->add_flag("--display-prompt", options->show_prompt, "write the prompt before the text");
-  command->add_option("--device", options->session.device, "cpu or cuda (guides none, draft and paper; --kv f16)")
-      ->capture_default_str();
+  add_device_flag(*command, options->session);
   command->add_flag("--compare", options->compare,
                     "then time autoregressive and dense speculative decoding from the same prompt");
   command->add_flag("--json", options->json, "one JSON object on stdout, the text in it");

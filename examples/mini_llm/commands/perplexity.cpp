@@ -235,7 +235,7 @@ void run_perplexity(const perplexity_options& options) {
   if (!with.draft) throw input_error("perplexity needs a draft model: name it with --model-draft");
   with.guide.rule = pair.rule;
   require_alignment(with, pair, points);
-  const std::int32_t limit = with.target->model->shape().max_positions;
+  const auto limit = static_cast<std::int32_t>(with.target->config.max_context);
   const std::vector<std::int32_t> contexts = parse_integers(options.contexts, "--contexts", 16, limit);
   if (contexts.empty()) throw input_error("--contexts: name at least one");
   // Read once, for the longest: standard input cannot be read again, and a text that is too short is one from the start.
@@ -268,6 +268,7 @@ void add_perplexity_command(CLI::App& app) {
   add_number(command, "--prefill", o.prefill, least_share, 1 - least_share,
              "share of a text read densely before rounds begin");
   add_alignment_flag(command, o.pair);
+  add_device_flag(command, o.pair);
   add_integer(command, "--draft,--draft-max,--draft-length", o.pair.decode.draft_length, 1,
               specattn::max_draft_length, "tokens drafted a round");
   add_recording_flags(command, o.pair);

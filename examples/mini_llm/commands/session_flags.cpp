@@ -42,6 +42,11 @@ void add_alignment_flag(CLI::App& command, session_options& o) {
   command.add_option("--alignment", o.alignment, "the pair's alignment, as `calibrate` writes it");
 }
 
+void add_device_flag(CLI::App& command, session_options& o) {
+  command.add_option("--device", o.device, "cpu or cuda (guides none, draft and paper; --kv f16)")
+      ->capture_default_str();
+}
+
 void add_session_flags(CLI::App& command, session_options& o) {
   add_pair_flags(command, o);
   add_alignment_flag(command, o);

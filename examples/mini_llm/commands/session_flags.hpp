@@ -15,6 +15,7 @@ void add_session_flags(CLI::App& command, session_options& options);
 
 // Parts of it, for the commands that take these alone.
 void add_alignment_flag(CLI::App& command, session_options& options);
+void add_device_flag(CLI::App& command, session_options& options);
 void add_keep_flag(CLI::App& command, session_options& options);
 void add_recording_flags(CLI::App& command, session_options& options);
 void add_dense_flags(CLI::App& command, session_options& options);

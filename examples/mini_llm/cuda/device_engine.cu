@@ -28,8 +28,9 @@ class device_engine final : public engine {
   void rewind(std::int32_t row, const specattn::decode_request& request) override { decoder_.rewind(row, request); }
   bool step(const on_tokens& callback) override { return decoder_.step(callback); }
   void remove(std::int32_t row) override { decoder_.remove(row); }
-  specattn::decode_counts score(std::span<const std::int32_t>, std::int32_t, std::span<float>) override {
-    throw input_error("scoring a text is not there with --device cuda");
+  specattn::decode_counts score(std::span<const std::int32_t> tokens, std::int32_t prefill,
+                                std::span<float> loss) override {
+    return decoder_.score(tokens, prefill, loss);
   }
   std::span<const std::int32_t> text(std::int32_t row) const override { return decoder_.text(row); }
   specattn::finish_reason finish(std::int32_t row) const override { return decoder_.finish(row); }
