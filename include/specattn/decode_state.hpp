@@ -102,6 +102,16 @@ struct decode_sizes {
   std::size_t target_weights = 0;         ///< floats
 };
 
+/// Makes a member that is a buffer; and the bytes of its elements. Parts of a decoder list their buffers once, for both.
+template <class Owner, class T, backend B>
+void allocate(Owner& owner, buffer<T, B> Owner::*array, std::size_t count) {
+  owner.*array = buffer<T, B>(count);
+}
+template <class Owner, class T, backend B>
+constexpr std::size_t element_bytes(buffer<T, B> Owner::*) {
+  return sizeof(T);
+}
+
 /// What a decoder refuses, with the values.
 inline void check_decode(const model_shape& target, const model_shape& draft, const decode_options& o,
                          const decode_sizes& sizes) {

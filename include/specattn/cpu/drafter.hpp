@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <exception>
 #include <span>
-#include <type_traits>
 #include <utility>
 
 #include "../attention_pass.hpp"
@@ -42,9 +41,8 @@ class drafter {
         cache_(sizes.draft_cache),
         record_(record || options.sparse_draft),
         pass_(sizes.sequences, most_slots(options, sizes)) {
-    arrays(shape_, options, sizes, record, [this](auto, auto array, std::size_t count) {
-      this->*array = std::remove_reference_t<decltype(this->*array)>(count);
-    });
+    arrays(shape_, options, sizes, record,
+           [this](auto, auto array, std::size_t count) { allocate(*this, array, count); });
     if (!options.sparse_draft) return;
     queries_ = query_memory<B>(shape_, sizes);
     lists_ = kept_lists(shape_, sizes.sequences, capacity_);
@@ -55,9 +53,8 @@ class drafter {
                           bool record, decode_memory& memory) {
     memory.draft_cache += kv_cache<T, B>::bytes(sizes.draft_cache);
     memory.logits += pass_arrays::bytes(sizes.sequences, most_slots(options, sizes));
-    arrays(draft, options, sizes, record, [&](auto kind, auto array, std::size_t count) {
-      memory.*kind += count * sizeof(*(std::declval<drafter&>().*array).data());
-    });
+    arrays(draft, options, sizes, record,
+           [&](auto kind, auto array, std::size_t count) { memory.*kind += count * element_bytes(array); });
     if (!options.sparse_draft) return;
     memory.recordings += query_memory<B>::bytes(draft, sizes);
     memory.selections += kept_lists::bytes(draft, sizes.sequences, sizes.positions);

@@ -6,8 +6,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
-#include <type_traits>
-#include <utility>
 
 #include "../attention_pass.hpp"
 #include "../decode_options.hpp"
@@ -41,9 +39,7 @@ class verifier {
         cache_(sizes.target_cache),
         pass_(sizes.sequences, most_slots(options, sizes)),
         lists_(shape_, sizes.sequences, sizes.positions) {
-    arrays(shape_, sizes, needs, [this](auto, auto array, std::size_t count) {
-      this->*array = std::remove_reference_t<decltype(this->*array)>(count);
-    });
+    arrays(shape_, sizes, needs, [this](auto, auto array, std::size_t count) { allocate(*this, array, count); });
   }
 
   /// Adds up what a verifier allocates.
@@ -52,9 +48,8 @@ class verifier {
     memory.logits += pass_arrays::bytes(sizes.sequences, most_slots(options, sizes));
     memory.target_cache += kv_cache<T, B>::bytes(sizes.target_cache);
     memory.selections += kept_lists::bytes(target, sizes.sequences, sizes.positions);
-    arrays(target, sizes, needs, [&](auto kind, auto array, std::size_t count) {
-      memory.*kind += count * sizeof(*(std::declval<verifier&>().*array).data());
-    });
+    arrays(target, sizes, needs,
+           [&](auto kind, auto array, std::size_t count) { memory.*kind += count * element_bytes(array); });
   }
 
   /// Of rounds, and of prefill passes.

@@ -4,8 +4,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
-#include <utility>
 
 #include "../../attention_pass.hpp"
 #include "../../decode_options.hpp"
@@ -39,9 +37,8 @@ class device_drafter {
         positions_(sizes.positions),
         cache_(sizes.draft_cache),
         record_(record || options.sparse_draft) {
-    arrays(shape_, options, sizes, record, [this](auto, auto array, std::size_t count) {
-      this->*array = std::remove_reference_t<decltype(this->*array)>(count);
-    });
+    arrays(shape_, options, sizes, record,
+           [this](auto, auto array, std::size_t count) { allocate(*this, array, count); });
     if (record_) queries_ = query_memory<cuda>(shape_, sizes);
     if (options.sparse_draft) kept_ = selection<cuda>(sizes.draft_groups, positions_);
   }
@@ -50,9 +47,8 @@ class device_drafter {
   static void count_bytes(const model_shape& draft, const decode_options& options, const decode_sizes& sizes,
                           bool record, decode_memory& memory) {
     memory.draft_cache += kv_cache<T, cuda>::bytes(sizes.draft_cache);
-    arrays(draft, options, sizes, record, [&](auto kind, auto array, std::size_t count) {
-      memory.*kind += count * sizeof(*(std::declval<device_drafter&>().*array).data());
-    });
+    arrays(draft, options, sizes, record,
+           [&](auto kind, auto array, std::size_t count) { memory.*kind += count * element_bytes(array); });
     if (record || options.sparse_draft) memory.recordings += query_memory<cuda>::bytes(draft, sizes);
     if (options.sparse_draft) memory.selections += selection<cuda>::bytes(sizes.draft_groups, sizes.positions);
   }

@@ -4,8 +4,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
-#include <utility>
 
 #include "../../attention_pass.hpp"
 #include "../../decode_options.hpp"
@@ -38,9 +36,8 @@ class device_verifier {
         dense_layers_(options.dense_layers),
         capacity_(sizes.recording_capacity),
         cache_(sizes.target_cache) {
-    arrays(shape_, options, sizes, needs, guided, [this](auto, auto array, std::size_t count) {
-      this->*array = std::remove_reference_t<decltype(this->*array)>(count);
-    });
+    arrays(shape_, options, sizes, needs, guided,
+           [this](auto, auto array, std::size_t count) { allocate(*this, array, count); });
     if (guided) kept_ = selection<cuda>(sizes.target_groups, sizes.positions);
   }
 
@@ -49,9 +46,8 @@ class device_verifier {
                           const guide_needs& needs, bool guided, decode_memory& memory) {
     memory.target_cache += kv_cache<T, cuda>::bytes(sizes.target_cache);
     if (guided) memory.selections += selection<cuda>::bytes(sizes.target_groups, sizes.positions);
-    arrays(target, options, sizes, needs, guided, [&](auto kind, auto array, std::size_t count) {
-      memory.*kind += count * sizeof(*(std::declval<device_verifier&>().*array).data());
-    });
+    arrays(target, options, sizes, needs, guided,
+           [&](auto kind, auto array, std::size_t count) { memory.*kind += count * element_bytes(array); });
   }
 
   /// Of rounds, and of prefill passes of \p prefill_chunk slots.
