@@ -274,7 +274,7 @@ TEST_CASE("add_heads: more lists than a grid has rows, each the mean of its head
   const buffer<specattn::fp16, device> sums(weights.size());
   specattn::detail::round_arrays round{};
   round.sequences = sequences;
-  round.prefix_lens = prefix.data();
+  round.weighed_lens = prefix.data();
   const specattn::detail::add_heads_launch launch{round, rows.data(), masses.data(), sums.data(), 8, 1, kv_heads};
   specattn::detail::start_kernel(any.ctx, specattn::detail::add_heads_kernel, dim3(1, static_cast<unsigned>(groups)),
                                  specattn::detail::record_threads, launch, "test");
