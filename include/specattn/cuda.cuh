@@ -12,6 +12,7 @@
 #include "cuda/draft_guide.cuh"
 #include "cuda/importance.cuh"
 #include "cuda/kv_cache.cuh"
+#include "cuda/mask_union.cuh"
 #include "cuda/recompute.cuh"
 #include "cuda/select.cuh"
 #include "cuda/verify.cuh"

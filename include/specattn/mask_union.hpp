@@ -10,6 +10,8 @@
 #include "selection.hpp"
 #include "view.hpp"
 
+#include "words_begin.hpp"
+
 namespace specattn::inline SPECATTN_CODE {
 
 /// Lists of a ragged batch, one for each slot and kv head, and where their unions go. Slots of sequence s are
@@ -56,6 +58,38 @@ SPECATTN_HD slot_list list_of(const mask_union_args<B>& a, std::ptrdiff_t group,
                          : most};
 }
 
+/// Which lists a union is of.
+struct union_source {
+  std::ptrdiff_t first;  ///< the list of slot 0; the next slots' follow kv_heads apart
+  std::int32_t kv_heads, slots, kv_len;
+
+  SPECATTN_HD std::ptrdiff_t list(std::int32_t slot) const { return first + std::ptrdiff_t{slot} * kv_heads; }
+};
+
+template <backend B>
+SPECATTN_HD union_source source_of(const mask_union_args<B>& a, std::ptrdiff_t group) {
+  const std::ptrdiff_t s = group / a.kv_heads;
+  const std::int32_t first = a.slot_offsets[s], count = a.slot_offsets[s + 1] - first;
+  return {std::ptrdiff_t{first} * a.kv_heads + group % a.kv_heads, a.kv_heads,
+          count < 0             ? 0
+          : count < union_slots ? count
+                                : union_slots,
+          a.kv_lens[s]};
+}
+
+/// Writes what a union of `size` entries has besides them: padding, count and status. A size over the capacity says only
+/// that there are more. `lanes` threads may share the work, each calling with its `lane`.
+template <backend B>
+SPECATTN_HD void finish_union(const mask_union_args<B>& a, std::ptrdiff_t group, bool everything, std::ptrdiff_t size,
+                              std::uint32_t status, std::int32_t lane = 0, std::int32_t lanes = 1) {
+  const std::ptrdiff_t capacity = a.out.capacity(), count = size < capacity ? size : capacity;
+  const std::ptrdiff_t padded = padded_count(count, capacity);
+  for (std::ptrdiff_t i = count + lane; i < padded; i += lanes) a.out.positions(group, i) = -1;
+  if (lane != 0) return;
+  a.out.counts[group] = everything ? keep_all : static_cast<std::int32_t>(count);
+  if (!a.out.status.empty()) a.out.status[group] = size > capacity ? status | selection_capped : status;
+}
+
 template <backend B>
 void check_mask_union(const mask_union_args<B>& a) {
   const auto sequences = a.kv_lens.extent(0);
@@ -88,7 +122,8 @@ void check_mask_union(const mask_union_args<B>& a) {
 /// \pre    lists satisfy the invariants of selection_view; a sequence has at most 32 slots (on cuda, where nothing
 ///         checks offsets and lengths, the lists of further ones are left out); outputs do not overlap inputs
 /// \throws contract_error (shapes; on the cpu also slots and counts out of range)
-/// \cost   reads every list once; no workspace. cpu: a union is one thread's work. cuda: it is one CTA's
+/// \cost   reads every list once; no workspace. cpu: a union is one thread's work. cuda: one launch, a union is the work of one
+///         cluster of CTAs: up to 8 while the device runs them all at once, one before Hopper
 /// \sync   cpu: done on return. cuda: queued on the context's stream; lengths and counts are read when the work runs
 template <backend B>
 void mask_union(context<B>& ctx, const mask_union_args<B>& args) {
@@ -98,3 +133,5 @@ void mask_union(context<B>& ctx, const mask_union_args<B>& args) {
 }
 
 }  // namespace specattn::inline SPECATTN_CODE
+
+#include "words_end.hpp"

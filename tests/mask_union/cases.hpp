@@ -24,13 +24,15 @@ struct problem {
   std::vector<bool> all;              // beside them: keep_all instead
   std::vector<std::uint32_t> status;  // beside them
   std::ptrdiff_t capacity = 0;        // of a union; 0: the longest prefix
+  std::size_t row = 0;                // entries a list has room for, at least
+  std::ptrdiff_t apart = 1;           // how far entries of a list or a union lie apart
   std::ptrdiff_t groups() const { return static_cast<std::ptrdiff_t>(slots.size()) * kv_heads; }
 };
 
 /// Every slot keeps a position with probability `share`; neighbours agree on most.
 inline problem random_problem(const std::vector<std::int32_t>& slots, const std::vector<std::int32_t>& kv_lens,
                               std::int32_t kv_heads, double share, std::uint32_t seed = 5) {
-  problem p{slots, kv_lens, kv_heads, {}, {}, {}, 0};
+  problem p{slots, kv_lens, kv_heads, {}, {}, {}};
   std::mt19937 engine(seed);
   const auto drawn = [&](double probability) { return static_cast<double>(engine()) * 0x1p-32 < probability; };
   for (std::size_t s = 0; s < slots.size(); ++s) {
@@ -57,45 +59,90 @@ struct answer {
   std::vector<std::uint32_t> words, status;
 };
 
+/// A problem in a backend's memory, and room for its answer.
+template <class Fixture>
+class staged {
+ public:
+  using backend = typename Fixture::backend;
+  template <class T>
+  using buffer = specattn::buffer<T, backend>;
+
+  staged(Fixture& fixture, const problem& p) : groups_(p.groups()), apart_(p.apart), kv_heads_(p.kv_heads) {
+    if (p.capacity > 0) capacity_ = p.capacity;
+    if (p.capacity == 0)
+      for (std::int32_t kv_len : p.kv_lens) capacity_ = (std::max)(capacity_, std::ptrdiff_t{kv_len});
+    std::size_t row = p.row;
+    for (const list& each : p.lists) row = (std::max)(row, each.size());
+    row_ = static_cast<std::ptrdiff_t>(row);
+    const auto apart = static_cast<std::size_t>(apart_);
+    list entries(p.lists.size() * row * apart, -1), sizes, offsets = {0};
+    for (std::size_t i = 0; i < p.lists.size(); ++i) {
+      for (std::size_t e = 0; e < p.lists[i].size(); ++e) entries[(i * row + e) * apart] = p.lists[i][e];
+      sizes.push_back(p.all[i] ? specattn::keep_all : static_cast<std::int32_t>(p.lists[i].size()));
+    }
+    for (std::int32_t count : p.slots) offsets.push_back(offsets.back() + count);
+    lists = fixture.upload(entries);
+    list_counts = fixture.upload(sizes);
+    list_status = fixture.upload(p.status);
+    slot_offsets = fixture.upload(offsets);
+    kv_lens = fixture.upload(p.kv_lens);
+    const auto groups = static_cast<std::size_t>(groups_);
+    const auto cells = groups * static_cast<std::size_t>(capacity_ * apart_);
+    positions = fixture.upload(list(cells, stale));
+    counts = fixture.upload(list(groups, stale));
+    words = fixture.upload(std::vector<std::uint32_t>(cells, stale));
+    status = fixture.upload(std::vector<std::uint32_t>(groups, stale));
+  }
+
+  specattn::mask_union_args<backend> args() const {
+    specattn::mask_union_args<backend> a;
+    const auto count = static_cast<std::ptrdiff_t>(list_counts.size());
+    a.lists.positions = {lists.data(), {count, row_}, {row_ * apart_, apart_}};
+    a.lists.counts = list_counts.shaped({count});
+    a.lists.status = list_status.shaped({count});
+    a.slot_offsets = slot_offsets.shaped({static_cast<std::ptrdiff_t>(slot_offsets.size())});
+    a.kv_lens = kv_lens.shaped({static_cast<std::ptrdiff_t>(kv_lens.size())});
+    a.kv_heads = kv_heads_;
+    a.out.positions = {positions.data(), {groups_, capacity_}, {capacity_ * apart_, apart_}};
+    a.out.counts = counts.shaped({groups_});
+    a.out.status = status.shaped({groups_});
+    a.slot_masks = {words.data(), {groups_, capacity_}, {capacity_ * apart_, apart_}};
+    return a;
+  }
+
+  answer read(Fixture& fixture) const {
+    answer a;
+    a.capacity = capacity_;
+    const auto all_positions = fixture.download(positions);
+    const auto all_words = fixture.download(words);
+    bool between = false;  // something was written where nothing belongs
+    for (std::size_t i = 0; i < all_words.size(); ++i) {
+      if (i % static_cast<std::size_t>(apart_) == 0) {
+        a.positions.push_back(all_positions[i]);
+        a.words.push_back(all_words[i]);
+      } else {
+        between = between || all_positions[i] != stale || all_words[i] != static_cast<std::uint32_t>(stale);
+      }
+    }
+    CHECK_FALSE(between);
+    a.counts = fixture.download(counts);
+    a.status = fixture.download(status);
+    return a;
+  }
+
+  buffer<std::int32_t> lists, list_counts, slot_offsets, kv_lens, positions, counts;
+  buffer<std::uint32_t> list_status, words, status;
+
+ private:
+  std::ptrdiff_t groups_, apart_, row_ = 0, capacity_ = 1;
+  std::int32_t kv_heads_;
+};
+
 template <class Fixture>
 answer run(Fixture& fixture, const problem& p) {
-  const auto groups = p.groups(), lists = static_cast<std::ptrdiff_t>(p.lists.size());
-  answer a;
-  a.capacity = p.capacity;
-  if (a.capacity == 0 && !p.kv_lens.empty()) a.capacity = *std::max_element(p.kv_lens.begin(), p.kv_lens.end());
-  a.capacity = (std::max)(a.capacity, std::ptrdiff_t{1});
-  std::size_t longest = 0;
-  for (const list& positions : p.lists) longest = (std::max)(longest, positions.size());
-  std::vector<std::int32_t> entries(p.lists.size() * longest, -1), counts, offsets = {0};
-  for (std::size_t i = 0; i < p.lists.size(); ++i) {
-    std::copy(p.lists[i].begin(), p.lists[i].end(), entries.begin() + static_cast<std::ptrdiff_t>(i * longest));
-    counts.push_back(p.all[i] ? specattn::keep_all : static_cast<std::int32_t>(p.lists[i].size()));
-  }
-  for (std::int32_t count : p.slots) offsets.push_back(offsets.back() + count);
-  const auto cells = static_cast<std::size_t>(groups * a.capacity);
-  const auto from = fixture.upload(entries), from_counts = fixture.upload(counts),
-             slot_offsets = fixture.upload(offsets), kv_lens = fixture.upload(p.kv_lens),
-             positions = fixture.upload(list(cells, stale)),
-             union_counts = fixture.upload(list(static_cast<std::size_t>(groups), stale));
-  const auto from_status = fixture.upload(p.status), words = fixture.upload(std::vector<std::uint32_t>(cells, stale)),
-             status = fixture.upload(std::vector<std::uint32_t>(static_cast<std::size_t>(groups), stale));
-  specattn::mask_union_args<typename Fixture::backend> args;
-  args.lists.positions = from.shaped({lists, static_cast<std::ptrdiff_t>(longest)});
-  args.lists.counts = from_counts.shaped({lists});
-  args.lists.status = from_status.shaped({lists});
-  args.slot_offsets = slot_offsets.shaped({static_cast<std::ptrdiff_t>(offsets.size())});
-  args.kv_lens = kv_lens.shaped({static_cast<std::ptrdiff_t>(p.kv_lens.size())});
-  args.kv_heads = p.kv_heads;
-  args.out.positions = positions.shaped({groups, a.capacity});
-  args.out.counts = union_counts.shaped({groups});
-  args.out.status = status.shaped({groups});
-  args.slot_masks = words.shaped({groups, a.capacity});
-  specattn::mask_union(fixture.context(), args);
-  a.positions = fixture.download(positions);
-  a.counts = fixture.download(union_counts);
-  a.words = fixture.download(words);
-  a.status = fixture.download(status);
-  return a;
+  staged<Fixture> on(fixture, p);
+  specattn::mask_union(fixture.context(), on.args());
+  return on.read(fixture);
 }
 
 /// Against a map from positions to the slots that keep them.
@@ -198,6 +245,29 @@ TEST_CASE_TEMPLATE("mask_union: a union over the capacity keeps its smallest pos
     p.capacity = capacity;
     expect_unions(fixture, p);
   }
+}
+
+TEST_CASE_TEMPLATE("mask_union: entries may lie apart, and nothing between them is written", Fixture,
+                   mask_union_fixture) {
+  Fixture fixture;
+  auto p = random_problem({3, 7}, {5000, 130}, 2, 0.3);
+  p.apart = 3;
+  expect_unions(fixture, p);
+}
+
+TEST_CASE_TEMPLATE("mask_union: status is optional, of the lists and of the unions", Fixture, mask_union_fixture) {
+  Fixture fixture;
+  const auto p = random_problem({3, 2}, {300, 70}, 2, 0.3);
+  const answer want = run(fixture, p);
+  staged<Fixture> on(fixture, p);
+  auto args = on.args();
+  args.lists.status = args.out.status = {};
+  specattn::mask_union(fixture.context(), args);
+  const answer got = on.read(fixture);
+  CHECK(got.positions == want.positions);
+  CHECK(got.counts == want.counts);
+  CHECK(got.words == want.words);
+  CHECK(got.status == std::vector<std::uint32_t>(got.status.size(), static_cast<std::uint32_t>(stale)));
 }
 
 TEST_CASE_TEMPLATE("mask_union: misuse throws a message that names the values", Fixture, mask_union_fixture) {

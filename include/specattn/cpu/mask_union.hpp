@@ -39,42 +39,37 @@ struct mask_union_impl<cpu> {
   }
 
   static void one_union(const mask_union_args<cpu>& a, std::ptrdiff_t g) {
-    const std::ptrdiff_t s = g / a.kv_heads;
-    const std::int32_t first_slot = a.slot_offsets[s];
-    const std::int32_t slots = a.slot_offsets[s + 1] - first_slot;
+    const union_source from = source_of(a, g);
     slot_list lists[union_slots];
     std::int32_t cursors[union_slots] = {};
     std::uint32_t status = selection_ok;
-    bool everything = slots > 0;
-    for (std::int32_t i = 0; i < slots; ++i) {
-      const std::ptrdiff_t from = std::ptrdiff_t{first_slot + i} * a.kv_heads + g % a.kv_heads;
-      lists[i] = list_of(a, from, a.kv_lens[s]);
-      everything = everything && a.lists.counts[from] == keep_all;
-      if (!a.lists.status.empty()) status |= a.lists.status[from];
+    bool everything = from.slots > 0;
+    for (std::int32_t i = 0; i < from.slots; ++i) {
+      const std::ptrdiff_t list = from.list(i);
+      lists[i] = list_of(a, list, from.kv_len);
+      everything = everything && a.lists.counts[list] == keep_all;
+      if (!a.lists.status.empty()) status |= a.lists.status[list];
     }
     const std::ptrdiff_t capacity = a.out.capacity();
-    std::ptrdiff_t count = 0;
-    while (!everything) {
+    std::ptrdiff_t size = 0;
+    for (; !everything; ++size) {
       std::int32_t next = slot_list::end;
-      for (std::int32_t i = 0; i < slots; ++i) next = (std::min)(next, lists[i].entry(cursors[i]));
+      for (std::int32_t i = 0; i < from.slots; ++i) next = (std::min)(next, lists[i].entry(cursors[i]));
       if (next == slot_list::end) break;
-      if (count == capacity) {
-        status |= selection_capped;
+      if (size == capacity) {
+        ++size;
         break;
       }
       std::uint32_t word = 0;
-      for (std::int32_t i = 0; i < slots; ++i) {
+      for (std::int32_t i = 0; i < from.slots; ++i) {
         if (lists[i].entry(cursors[i]) != next) continue;
         word |= 1u << i;
         ++cursors[i];
       }
-      a.out.positions(g, count) = next;
-      a.slot_masks(g, count) = word;
-      ++count;
+      a.out.positions(g, size) = next;
+      a.slot_masks(g, size) = word;
     }
-    for (std::ptrdiff_t i = count; i < padded_count(count, capacity); ++i) a.out.positions(g, i) = -1;
-    a.out.counts[g] = everything ? keep_all : static_cast<std::int32_t>(count);
-    if (!a.out.status.empty()) a.out.status[g] = status;
+    finish_union(a, g, everything, size, status);
   }
 };
 
