@@ -247,6 +247,21 @@ TEST_CASE_TEMPLATE("mask_union: a union over the capacity keeps its smallest pos
   }
 }
 
+TEST_CASE_TEMPLATE(
+    "mask_union: a union that fills the capacity is capped if one more entry follows, however far away", Fixture,
+    mask_union_fixture) {
+  Fixture fixture;
+  for (const bool more : {false, true}) {
+    auto p = random_problem({2}, {70000}, 1, 0.0);
+    p.lists[0] = {3, 4, 9};
+    p.lists[1] = {4, 8};
+    p.capacity = 4;
+    if (more) p.lists[1].push_back(69999);
+    expect_unions(fixture, p);
+    CHECK(run(fixture, p).status[0] == (more ? specattn::selection_capped : specattn::selection_ok));
+  }
+}
+
 TEST_CASE_TEMPLATE("mask_union: entries may lie apart, and nothing between them is written", Fixture,
                    mask_union_fixture) {
   Fixture fixture;
