@@ -1,5 +1,5 @@
 # mini_llm_files: what reads the files of a model directory, without the model itself.
-# Needs nlohmann-json and pcre2-8, which cmake/mini_llm_libraries.cmake looks for.
+# Needs nlohmann-json and pcre2-8, which cmake/mini_llm_libraries.cmake looks for, and of the library the 16-bit numbers.
 if(TARGET mini_llm_files)
   return()
 endif()
@@ -27,4 +27,4 @@ add_library(mini_llm_files STATIC
   ${CMAKE_CURRENT_LIST_DIR}/text/vocabulary.cpp)
 target_compile_features(mini_llm_files PUBLIC cxx_std_20)
 target_include_directories(mini_llm_files PUBLIC ${CMAKE_CURRENT_LIST_DIR})
-target_link_libraries(mini_llm_files PUBLIC nlohmann_json::nlohmann_json PRIVATE PkgConfig::PCRE2)
+target_link_libraries(mini_llm_files PUBLIC specattn::core nlohmann_json::nlohmann_json PRIVATE PkgConfig::PCRE2)

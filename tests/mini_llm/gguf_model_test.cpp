@@ -1,10 +1,10 @@
 // GGUF weights and configuration: values of every block type, a whole model, refusals, and damage of any kind.
 #include <doctest/doctest.h>
 
-#include <bit>
+#include <array>
 #include <cstring>
-#include <limits>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -111,16 +111,24 @@ TEST_CASE("gguf blocks: every type gives the reference's values, bit for bit") {
   CHECK(checked == 11);
 }
 
-TEST_CASE("gguf blocks: rounding to bf16 is to nearest, ties to even; what is not finite stays so") {
-  using gguf_blocks::bf16_from_float;
-  CHECK(bf16_from_float(1.0F) == 0x3f80);
-  CHECK(bf16_from_float(std::bit_cast<float>(0x3f808000U)) == 0x3f80);
-  CHECK(bf16_from_float(std::bit_cast<float>(0x3f818000U)) == 0x3f82);
-  CHECK(bf16_from_float(std::bit_cast<float>(0x3f808001U)) == 0x3f81);
-  CHECK(bf16_from_float(std::bit_cast<float>(0x7f7fffffU)) == 0x7f80);
-  CHECK(bf16_from_float(-std::numeric_limits<float>::infinity()) == 0xff80);
-  CHECK((bf16_from_float(std::bit_cast<float>(0xffffffffU)) & 0x7fff) > 0x7f80);
-  CHECK((bf16_from_float(std::bit_cast<float>(0x7f800001U)) & 0x7fff) > 0x7f80);
+TEST_CASE("gguf weights: numbers are rounded to bf16 to nearest, ties to even; what is not finite stays so") {
+  std::string bytes = tiny_model().bytes();
+  const gguf_file file = gguf_file::parse(as_bytes(bytes), "model.gguf");
+  const auto tensors = gguf_weights(file, read_gguf_config(file));
+  const auto at = file.tensors().at("output_norm.weight").bytes.data() - as_bytes(bytes).data();
+  using four = std::array<std::uint32_t, 4>;
+  const auto rounded = [&](const four& floats) {
+    std::memcpy(bytes.data() + at, floats.data(), sizeof floats);
+    std::array<std::uint16_t, 4> halves{};
+    tensors.at("model.norm.weight").decode(0, 4, std::as_writable_bytes(std::span(halves)));
+    return four{halves[0], halves[1], halves[2], halves[3]};
+  };
+  CHECK(rounded({0x3f800000, 0x3f808000, 0x3f818000, 0x3f808001}) == four{0x3f80, 0x3f80, 0x3f82, 0x3f81});
+  const four odd = rounded({0x7f7fffff, 0xff800000, 0xffffffff, 0x7f800001});
+  CHECK(odd[0] == 0x7f80);
+  CHECK(odd[1] == 0xff80);
+  CHECK((odd[2] & 0x7fff) > 0x7f80);
+  CHECK((odd[3] & 0x7fff) > 0x7f80);
 }
 
 TEST_CASE("gguf config: the metadata are the model's configuration") {

@@ -4,12 +4,11 @@
 // changes no bit.
 #pragma once
 
-#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
-#include "safetensors.hpp"
+#include "specattn/scalar.hpp"
 
 namespace mini_llm::gguf_blocks {
 
@@ -20,13 +19,15 @@ inline std::uint8_t byte_at(const std::byte* from, int at) { return std::to_inte
 
 inline std::int8_t signed_at(const std::byte* from, int at) { return static_cast<std::int8_t>(byte_at(from, at)); }
 
-inline std::uint16_t half_bits(const std::byte* from) {
-  std::uint16_t bits;
-  std::memcpy(&bits, from, sizeof bits);
-  return bits;
+/// A number of 16 bits, which may lie at an odd address.
+template <class T>
+float number_at(const std::byte* from) {
+  T number;
+  std::memcpy(&number, from, sizeof number);
+  return specattn::to_float(number);
 }
 
-inline float half_at(const std::byte* from) { return float_from_f16(half_bits(from)); }
+inline float half_at(const std::byte* from) { return number_at<specattn::fp16>(from); }
 
 // Each reads one block (or one element) and writes its values.
 
@@ -34,9 +35,7 @@ inline void read_f32(const std::byte* from, float* out) { std::memcpy(out, from,
 
 inline void read_f16(const std::byte* from, float* out) { *out = half_at(from); }
 
-inline void read_bf16(const std::byte* from, float* out) {
-  *out = std::bit_cast<float>(static_cast<std::uint32_t>(half_bits(from)) << 16);
-}
+inline void read_bf16(const std::byte* from, float* out) { *out = number_at<specattn::bf16>(from); }
 
 /// scale (f16), 32 signed bytes
 inline void read_q8_0(const std::byte* from, float* out) {
@@ -199,15 +198,6 @@ inline read_function reader_of(std::uint32_t type) {
     default:
       return nullptr;
   }
-}
-
-/// To bf16, to nearest, ties to even. What is not finite stays so, and what is past the largest becomes infinite.
-inline std::uint16_t bf16_from_float(float value) noexcept {
-  const auto bits = std::bit_cast<std::uint32_t>(value);
-  if ((bits & 0x7f800000U) == 0x7f800000U) {
-    return static_cast<std::uint16_t>(bits >> 16 | ((bits & 0xffffU) != 0 ? 0x40U : 0U));
-  }
-  return static_cast<std::uint16_t>((bits + 0x7fffU + (bits >> 16 & 1U)) >> 16);
 }
 
 }  // namespace mini_llm::gguf_blocks

@@ -15,6 +15,7 @@
 #include "gguf_blocks.hpp"
 #include "input_error.hpp"
 #include "json_document.hpp"
+#include "specattn/scalar.hpp"
 
 namespace mini_llm {
 namespace {
@@ -235,9 +236,9 @@ struct row_reader {
       read(from, tensor.type->block_bytes, tensor.type->block_elements, values.size() / tensor.type->block_elements,
            values.data());
       for (const float value : values) {
-        const std::uint16_t bits = gguf_blocks::bf16_from_float(value);
-        std::memcpy(to, &bits, sizeof bits);
-        to += sizeof bits;
+        const auto rounded = specattn::from_float<specattn::bf16>(value);
+        std::memcpy(to, &rounded, sizeof rounded);
+        to += sizeof rounded;
       }
     }
   }

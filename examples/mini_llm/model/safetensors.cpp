@@ -11,6 +11,7 @@
 
 #include "input_error.hpp"
 #include "json_document.hpp"
+#include "specattn/scalar.hpp"
 
 namespace mini_llm {
 namespace {
@@ -126,12 +127,12 @@ void refuse_overlaps(const safetensors_file::tensor_map& tensors, std::string_vi
   }
 }
 
-template <class Bits, class Convert>
-void convert_each(std::span<const std::byte> bytes, std::span<float> out, Convert convert) {
+template <class T>
+void convert_each(std::span<const std::byte> bytes, std::span<float> out) {
   for (std::size_t i = 0; i < out.size(); ++i) {
-    Bits bits;
-    std::memcpy(&bits, bytes.data() + i * sizeof bits, sizeof bits);
-    out[i] = convert(bits);
+    T number;
+    std::memcpy(&number, bytes.data() + i * sizeof number, sizeof number);
+    out[i] = specattn::to_float(number);
   }
 }
 
@@ -166,11 +167,9 @@ void read_floats(const stored_tensor& tensor, std::span<float> out) {
       if (!out.empty()) std::memcpy(out.data(), tensor.bytes.data(), tensor.bytes.size());
       return;
     case dtype::f16:
-      return convert_each<std::uint16_t>(tensor.bytes, out, float_from_f16);
+      return convert_each<specattn::fp16>(tensor.bytes, out);
     case dtype::bf16:
-      return convert_each<std::uint16_t>(tensor.bytes, out, [](std::uint16_t bits) {
-        return std::bit_cast<float>(static_cast<std::uint32_t>(bits) << 16);
-      });
+      return convert_each<specattn::bf16>(tensor.bytes, out);
     default:
       throw input_error("a tensor of element type " + std::string(name(tensor.type)) +
                         " cannot be used as weights (F32, F16 and BF16 can)");

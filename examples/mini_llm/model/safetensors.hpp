@@ -1,6 +1,5 @@
 #pragma once
 
-#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
@@ -47,19 +46,6 @@ struct stored_tensor {
   /// Number of elements; a dimension of zero gives zero.
   std::size_t size() const noexcept;
 };
-
-/// A number of IEEE binary16, exactly.
-inline float float_from_f16(std::uint16_t half) noexcept {
-  const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000U) << 16;
-  const std::uint32_t exponent = (half >> 10) & 0x1fU;
-  const std::uint32_t fraction = half & 0x3ffU;
-  if (exponent == 0) {  // zero or subnormal: fraction * 2^-24 is exact in float
-    const float magnitude = static_cast<float>(fraction) * 0x1p-24F;
-    return sign != 0 ? -magnitude : magnitude;
-  }
-  const std::uint32_t wide = exponent == 31 ? 0xffU : exponent + (127 - 15);
-  return std::bit_cast<float>(sign | (wide << 23) | (fraction << 13));
-}
 
 /// Converts every element of an f32, f16 or bf16 tensor to float, exactly.
 /// \param out tensor.size() floats
