@@ -18,8 +18,8 @@ void read_weights(const mini_llm::gguf_file& file) {
   const mini_llm::model_config config = mini_llm::read_gguf_config(file);
   if (config.q_heads % config.kv_heads != 0 || config.head_dim % 2 != 0 || config.vocab < 1) std::abort();
   for (const auto& [name, tensor] : mini_llm::gguf_weights(file, config)) {
-    std::vector<std::byte> row(tensor.size() / static_cast<std::size_t>(tensor.shape.front()) * 2);
-    for (std::int64_t r = 0; r < tensor.shape.front(); ++r) tensor.decode(r, 1, row);
+    std::vector<std::byte> decoded;
+    for (std::int64_t r = 0; r < tensor.rows(); ++r) tensor.elements(r, 1, decoded);
   }
 }
 

@@ -44,8 +44,8 @@ void write_directory(const scratch_directory& directory, const model_files& file
   std::string data;
   for (const std::string& name : files.names()) {
     const stored_tensor& tensor = *files.find(name);
-    std::vector<std::byte> elements(tensor.size() * 2);
-    tensor.decode(0, tensor.shape.front(), elements);
+    std::vector<std::byte> decoded;
+    const auto elements = tensor.elements(0, tensor.rows(), decoded);
     header[name] = {
         {"dtype", "BF16"}, {"shape", tensor.shape}, {"data_offsets", {data.size(), data.size() + elements.size()}}};
     data.append(reinterpret_cast<const char*>(elements.data()), elements.size());

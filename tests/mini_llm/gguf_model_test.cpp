@@ -67,8 +67,8 @@ void read_model(std::string_view text) {
   const gguf_file file = gguf_file::parse(as_bytes(text), "model.gguf");
   const model_config config = read_gguf_config(file);
   for (const auto& [name, tensor] : gguf_weights(file, config)) {
-    std::vector<std::byte> row(tensor.size() / static_cast<std::size_t>(tensor.shape.front()) * 2);
-    for (std::int64_t r = 0; r < tensor.shape.front(); ++r) tensor.decode(r, 1, row);
+    std::vector<std::byte> decoded;
+    for (std::int64_t r = 0; r < tensor.rows(); ++r) tensor.elements(r, 1, decoded);
   }
   const tokenizer words = tokenizer::make(read_gguf_tokenizer(file), "model.gguf");
   words.decode(words.encode("ab", true));
@@ -119,8 +119,9 @@ TEST_CASE("gguf weights: numbers are rounded to bf16 to nearest, ties to even; w
   using four = std::array<std::uint32_t, 4>;
   const auto rounded = [&](const four& floats) {
     std::memcpy(bytes.data() + at, floats.data(), sizeof floats);
-    std::array<std::uint16_t, 4> halves{};
-    tensors.at("model.norm.weight").decode(0, 4, std::as_writable_bytes(std::span(halves)));
+    std::vector<std::byte> decoded;
+    std::array<std::uint16_t, 4> halves;
+    std::memcpy(halves.data(), tensors.at("model.norm.weight").elements(0, 4, decoded).data(), sizeof halves);
     return four{halves[0], halves[1], halves[2], halves[3]};
   };
   CHECK(rounded({0x3f800000, 0x3f808000, 0x3f818000, 0x3f808001}) == four{0x3f80, 0x3f80, 0x3f82, 0x3f81});
@@ -250,13 +251,13 @@ TEST_CASE("gguf weights: rows of q and k come with the halves of a head apart, t
   const auto tensors = gguf_weights(file, read_gguf_config(file));
   const auto rows_of = [&](const char* name) {
     const stored_tensor& tensor = tensors.at(name);
-    std::vector<std::byte> decoded(tensor.size() * 2);
-    tensor.decode(0, 3, std::span(decoded).first(decoded.size() / 8 * 3));
-    tensor.decode(3, 5, std::span(decoded).subspan(decoded.size() / 8 * 3));
+    const std::size_t columns = tensor.size() / 8;
+    std::vector<std::byte> decoded;
     std::vector<float> values(tensor.size());
-    read_floats({dtype::bf16, {}, decoded}, values);
+    read_floats({dtype::bf16, {}, tensor.elements(0, 3, decoded)}, std::span(values).first(3 * columns));
+    read_floats({dtype::bf16, {}, tensor.elements(3, 5, decoded)}, std::span(values).subspan(3 * columns));
     std::vector<int> rows;
-    for (std::size_t i = 0; i < values.size(); i += values.size() / 8) rows.push_back(static_cast<int>(values[i]));
+    for (std::size_t i = 0; i < values.size(); i += columns) rows.push_back(static_cast<int>(values[i]));
     return rows;
   };
   const std::vector<int> apart{0, 2, 1, 3, 4, 6, 5, 7};

@@ -232,14 +232,8 @@ std::vector<std::string> model_files::names() const {
 void model_files::check_finite() const {
   std::vector<std::byte> decoded;
   for (const auto& [tensor_name, shard] : shard_of_) {
-    const stored_tensor& stored = *shards_[shard].find(tensor_name);
-    stored_tensor tensor = stored;
-    if (stored.decode) {
-      decoded.resize(stored.size() * size_bytes(stored.type));
-      stored.decode(0, stored.shape.front(), decoded);
-      tensor = {stored.type, {}, decoded};
-    }
-    if (const auto element = first_non_finite(tensor)) {
+    const stored_tensor& tensor = *shards_[shard].find(tensor_name);
+    if (const auto element = first_non_finite({tensor.type, {}, tensor.elements(0, tensor.rows(), decoded)})) {
       throw input_error(shards_[shard].source(), "tensor " + in_quotes(tensor_name) + ": element " +
                                                      std::to_string(*element) + " of " +
                                                      std::to_string(tensor.size()) + " is NaN or infinite");

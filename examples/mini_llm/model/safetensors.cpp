@@ -149,6 +149,21 @@ std::size_t stored_tensor::size() const noexcept {
   return static_cast<std::size_t>(count);
 }
 
+std::span<const std::byte> stored_tensor::stored_rows(std::int64_t first, std::int64_t count) const noexcept {
+  if (count == 0) return {};
+  const std::size_t row_bytes = bytes.size() / static_cast<std::size_t>(rows());
+  return bytes.subspan(static_cast<std::size_t>(first) * row_bytes, static_cast<std::size_t>(count) * row_bytes);
+}
+
+std::span<const std::byte> stored_tensor::elements(std::int64_t first, std::int64_t count,
+                                                   std::vector<std::byte>& decoded) const {
+  if (!decode) return stored_rows(first, count);
+  const std::size_t row_elements = size() / static_cast<std::size_t>(rows());
+  decoded.resize(static_cast<std::size_t>(count) * row_elements * size_bytes(type));
+  decode(first, count, decoded);
+  return decoded;
+}
+
 std::string shape_text(std::span<const std::int64_t> shape) {
   std::string text = "[";
   for (std::size_t i = 0; i < shape.size(); ++i) {

@@ -45,6 +45,13 @@ struct stored_tensor {
 
   /// Number of elements; a dimension of zero gives zero.
   std::size_t size() const noexcept;
+  /// Extent of the outermost dimension; one for a single number.
+  std::int64_t rows() const noexcept { return shape.empty() ? 1 : shape.front(); }
+
+  /// What rows [first, first + count) are in the file, decoded or not.
+  std::span<const std::byte> stored_rows(std::int64_t first, std::int64_t count) const noexcept;
+  /// The elements of those rows: where they are in the file, or decoded to `decoded`, which must then outlive the result.
+  std::span<const std::byte> elements(std::int64_t first, std::int64_t count, std::vector<std::byte>& decoded) const;
 };
 
 /// Converts every element of an f32, f16 or bf16 tensor to float, exactly.

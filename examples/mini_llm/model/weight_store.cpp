@@ -67,28 +67,21 @@ void read_in_chunks(const std::string& name, const stored_tensor& tensor, std::u
                     const std::function<void(std::int64_t, std::int64_t, std::span<const std::byte>)>& use) {
   hash = hash_bytes(hash, std::as_bytes(std::span(name)));
   hash = mix(hash, static_cast<std::uint64_t>(tensor.type));
-  const auto rows = static_cast<std::size_t>(tensor.shape.front());
-  const std::size_t stored_row_bytes = tensor.bytes.size() / rows;
-  const std::size_t row_bytes = tensor.size() / rows * size_bytes(tensor.type);
-  const std::size_t chunk_rows = std::max<std::size_t>(1, chunk_bytes / row_bytes);
+  const std::size_t row_elements = tensor.size() / static_cast<std::size_t>(tensor.rows());
+  const auto chunk_rows =
+      static_cast<std::int64_t>(std::max<std::size_t>(1, chunk_bytes / (row_elements * size_bytes(tensor.type))));
   std::vector<std::byte> decoded;
-  for (std::size_t row = 0; row < rows; row += chunk_rows) {
-    const std::size_t count = std::min(chunk_rows, rows - row);
-    const auto stored = tensor.bytes.subspan(row * stored_row_bytes, count * stored_row_bytes);
-    stored_tensor chunk{tensor.type, {}, stored};
-    if (tensor.decode) {
-      decoded.resize(count * row_bytes);
-      tensor.decode(static_cast<std::int64_t>(row), static_cast<std::int64_t>(count), decoded);
-      chunk.bytes = decoded;
-    }
-    if (const auto element = first_non_finite(chunk)) {
+  for (std::int64_t row = 0; row < tensor.rows(); row += chunk_rows) {
+    const std::int64_t count = std::min(chunk_rows, tensor.rows() - row);
+    const std::span<const std::byte> elements = tensor.elements(row, count, decoded);
+    if (const auto element = first_non_finite({tensor.type, {}, elements})) {
       throw input_error(tensor.source, "tensor \"" + name + "\": element " +
-                                           std::to_string(row * row_bytes / size_bytes(tensor.type) + *element) +
+                                           std::to_string(static_cast<std::size_t>(row) * row_elements + *element) +
                                            " of " + std::to_string(tensor.size()) + " is NaN or infinite");
     }
-    hash = hash_bytes(hash, chunk.bytes);
-    use(static_cast<std::int64_t>(row), static_cast<std::int64_t>(count), chunk.bytes);
-    release_pages(stored);
+    hash = hash_bytes(hash, elements);
+    use(row, count, elements);
+    release_pages(tensor.stored_rows(row, count));
   }
   if (tensor.decode) release_pages(tensor.bytes);  // a row may have come from beside its chunk
 }
