@@ -11,6 +11,7 @@
 #include "damaged_input.hpp"
 #include "gguf_file.hpp"
 #include "input_error.hpp"
+#include "model/gguf_model.hpp"
 #include "model/llama.hpp"
 #include "model/loaded_model.hpp"
 #include "model/model_files.hpp"
@@ -23,7 +24,9 @@ namespace {
 std::filesystem::path types_file() { return source_path("tests/mini_llm/data/gguf_types.gguf"); }
 
 llama load_from(const std::filesystem::path& path) {
-  return llama(load_model_config(path), model_files::open(path), 16, "gguf");
+  const gguf_file file = gguf_file::open(path);
+  const model_config config = read_gguf_config(file);
+  return llama(config, model_files::of(file, config), 16, "gguf");
 }
 
 std::vector<float> logits_of(llama& model, const std::vector<std::int32_t>& tokens) {
@@ -89,8 +92,9 @@ TEST_CASE("gguf: a model of every type has the logits that independent arithmeti
 
 TEST_CASE("gguf: the same weights in a Hugging Face directory give the same bits and the same fingerprint") {
   const scratch_directory directory;
-  const model_files files = model_files::open(types_file());
-  model_config config = load_model_config(types_file());
+  const gguf_file file = gguf_file::open(types_file());
+  const model_config config = read_gguf_config(file);
+  const model_files files = model_files::of(file, config);
   write_directory(directory, files, config);
   model_config from_directory = load_model_config(directory.path());
   CHECK(config.rope.divisors == std::vector<double>{1, 1, 2.5, 8});  // which a config.json cannot say
@@ -138,7 +142,8 @@ TEST_CASE("gguf: a scale that is NaN or infinite is refused with file, tensor an
     CHECK(message.find("is NaN or infinite") != std::string::npos);
     // Row 5 of the file is the second half's third in the first head of eight: row 6.
     CHECK(message.find("element 1536 of 8192") != std::string::npos);
-    CHECK(refusal([&] { model_files::open(directory.path() / "m.gguf").check_finite(); }).find("NaN") !=
+    const gguf_file spoilt = gguf_file::open(directory.path() / "m.gguf");
+    CHECK(refusal([&] { model_files::of(spoilt, read_gguf_config(spoilt)).check_finite(); }).find("NaN") !=
           std::string::npos);
   }
 }

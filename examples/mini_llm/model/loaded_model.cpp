@@ -10,11 +10,11 @@
 #include <system_error>
 #include <utility>
 
-#include "gguf_file.hpp"
+#include "gguf_model.hpp"
 #include "input_error.hpp"
 #include "json_document.hpp"
 #include "memory_limit.hpp"
-#include "model_files.hpp"
+#include "text/gguf_tokenizer.hpp"
 
 namespace mini_llm {
 
@@ -22,9 +22,8 @@ namespace {
 
 std::string reason_of(int error) { return std::generic_category().message(error); }
 
-/// Names what is wrong with a path that is neither a GGUF file nor a directory, or a directory that holds one.
-void require_model(const std::filesystem::path& path) {
-  if (is_gguf_file(path)) return;
+/// Names what is wrong with a path that is no GGUF file and no directory either, or a directory that holds one.
+void require_directory(const std::filesystem::path& path) {
   std::error_code ignored;
   const bool is_directory = std::filesystem::is_directory(path, ignored);
   if (!is_directory && std::filesystem::exists(path, ignored)) {
@@ -54,18 +53,27 @@ std::vector<std::int32_t> loaded_model::encode(std::string_view text) const {
   return tokens;
 }
 
+model_files loaded_model::files() const {
+  return gguf ? model_files::of(*gguf, config) : model_files::open(directory);
+}
+
 loaded_model open_model(const std::filesystem::path& directory) {
-  require_model(directory);
-  model_config config = load_model_config(directory);
-  return {directory, std::move(config), tokenizer::load(directory), nullptr};
+  if (is_gguf_file(directory)) {
+    gguf_file file = gguf_file::open(directory);
+    return {directory, read_gguf_config(file), tokenizer::make(read_gguf_tokenizer(file), directory.string()),
+            nullptr, std::move(file)};
+  }
+  require_directory(directory);
+  return {directory, load_model_config(directory), tokenizer::load(directory), nullptr, std::nullopt};
 }
 
 loaded_model load_model(const std::filesystem::path& directory) {
   loaded_model made = open_model(directory);
-  const model_files files = model_files::open(directory);
+  const model_files files = made.files();
   require_memory(llama::weight_bytes(made.config, files) + llama::scratch_bytes(made.config, max_slots),
                  "the weights of " + directory.string(), "a smaller model needs less");
   made.model = std::make_unique<llama>(made.config, files, max_slots, directory.filename().string());
+  made.gguf.reset();  // with its mapping
   return made;
 }
 

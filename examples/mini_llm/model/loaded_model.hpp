@@ -3,12 +3,15 @@
 
 #include <filesystem>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
 
+#include "gguf_file.hpp"
 #include "llama.hpp"
 #include "model_config.hpp"
+#include "model_files.hpp"
 #include "text/tokenizer.hpp"
 
 namespace mini_llm {
@@ -17,7 +20,11 @@ struct loaded_model {
   std::filesystem::path directory;  ///< or GGUF file
   model_config config;
   tokenizer words;
-  std::unique_ptr<llama> model;  ///< null: the weights are left for the GPU
+  std::unique_ptr<llama> model;   ///< null: the weights are left for the GPU
+  std::optional<gguf_file> gguf;  ///< until the weights are loaded; nothing for a directory
+
+  /// The weights where they lie. \throws input_error
+  model_files files() const;
 
   /// The text as tokens, with what the tokenizer puts around it. A tokenizer may have tokens that the model lacks;
   /// only a text that holds one cannot be read.

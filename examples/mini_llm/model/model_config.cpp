@@ -7,8 +7,6 @@
 #include <system_error>
 
 #include "config_fields.hpp"
-#include "gguf_file.hpp"
-#include "gguf_model.hpp"
 #include "input_error.hpp"
 #include "json_document.hpp"
 #include "mapped_file.hpp"
@@ -282,7 +280,6 @@ model_config parse_model_config(std::string_view config_text, std::string_view g
 }
 
 model_config load_model_config(const std::filesystem::path& directory) {
-  if (is_gguf_file(directory)) return read_gguf_config(gguf_file::open(directory));
   const std::filesystem::path config_path = directory / "config.json";
   const std::filesystem::path generation_path = directory / "generation_config.json";
   const mapped_file config(config_path, max_config_bytes);

@@ -78,7 +78,7 @@ struct model_config {
 model_config parse_model_config(std::string_view config_text, std::string_view generation_text = {},
                                 std::string_view source = "config.json");
 
-/// Reads config.json and, when there, generation_config.json of a model directory, or the metadata of a GGUF file.
+/// Reads config.json and, when there, generation_config.json of a model directory. Of a GGUF file: read_gguf_config().
 /// \throws input_error
 model_config load_model_config(const std::filesystem::path& directory);
 

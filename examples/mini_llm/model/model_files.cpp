@@ -6,7 +6,6 @@
 #include <system_error>
 #include <utility>
 
-#include "gguf_file.hpp"
 #include "gguf_model.hpp"
 #include "input_error.hpp"
 #include "json_document.hpp"
@@ -143,15 +142,12 @@ std::optional<std::size_t> first_non_finite(const stored_tensor& tensor) {
 }
 
 model_files model_files::open(const std::filesystem::path& directory) {
-  model_files files;
-  files.directory_ = directory;
   if (is_gguf_file(directory)) {
     const gguf_file file = gguf_file::open(directory);
-    auto tensors = gguf_weights(file, read_gguf_config(file));
-    files.shards_.push_back(safetensors_file::of(std::move(tensors), file.mapping(), file.source()));
-    files.gather_tensors();
-    return files;
+    return of(file, read_gguf_config(file));
   }
+  model_files files;
+  files.directory_ = directory;
   if (is_there(directory / adapter_name)) {
     throw input_error((directory / adapter_name).string(),
                       "an adapter beside the weights is not read; merge it into them first");
@@ -165,6 +161,14 @@ model_files model_files::open(const std::filesystem::path& directory) {
       files.shards_.push_back(safetensors_file::open(directory / shard));
     }
   }
+  files.gather_tensors();
+  return files;
+}
+
+model_files model_files::of(const gguf_file& file, const model_config& config) {
+  model_files files;
+  files.directory_ = file.source();
+  files.shards_.push_back(safetensors_file::of(gguf_weights(file, config), file.mapping(), file.source()));
   files.gather_tensors();
   return files;
 }

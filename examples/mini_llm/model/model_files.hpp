@@ -9,6 +9,8 @@
 #include <string_view>
 #include <vector>
 
+#include "gguf_file.hpp"
+#include "model_config.hpp"
 #include "safetensors.hpp"
 
 namespace mini_llm {
@@ -33,6 +35,9 @@ class model_files {
   /// \throws input_error when there are no weights, when a file is malformed, when two hold one tensor, and for an
   ///         adapter beside the weights
   static model_files open(const std::filesystem::path& directory);
+
+  /// Those of a GGUF file that is open, whose configuration is `config`. \throws input_error as gguf_weights() does
+  static model_files of(const gguf_file& file, const model_config& config);
 
   /// Whether a tensor of that name is there.
   bool contains(std::string_view tensor_name) const { return find(tensor_name) != nullptr; }

@@ -6,8 +6,6 @@
 
 #include "bounded_text.hpp"
 #include "byte_alphabet.hpp"
-#include "gguf_file.hpp"
-#include "gguf_tokenizer.hpp"
 #include "input_error.hpp"
 #include "json_document.hpp"
 #include "mapped_file.hpp"
@@ -87,7 +85,6 @@ tokenizer tokenizer::parse(std::string_view text, std::string_view config_text, 
 }
 
 tokenizer tokenizer::load(const std::filesystem::path& directory) {
-  if (is_gguf_file(directory)) return {read_gguf_tokenizer(gguf_file::open(directory)), directory.string()};
   const std::filesystem::path path = directory / "tokenizer.json";
   const std::filesystem::path config_path = directory / "tokenizer_config.json";
   std::error_code ignored;  // absent or not to be seen: the same as not given

@@ -33,7 +33,7 @@ class tokenizer {
   /// What another reader of files made of them. \param source file name for messages \throws input_error
   static tokenizer make(const tokenizer_settings& settings, std::string_view source) { return {settings, source}; }
 
-  /// Reads tokenizer.json and, when there, tokenizer_config.json of a model directory, or the metadata of a GGUF file.
+  /// Reads tokenizer.json and, when there, tokenizer_config.json of a model directory.
   /// \throws input_error
   static tokenizer load(const std::filesystem::path& directory);
 
