@@ -46,7 +46,7 @@ struct uploaded_model {
   specattn::model_fingerprint fingerprint;
 
   explicit uploaded_model(const loaded_model& from)
-      : model(from.config, model_files::open(from.directory), max_slots) {
+      : model(from.config, from.files(), max_slots) {
     const specattn::model_shape& shape = model.shape();
     fingerprint = {from.directory.filename().string(),
                    shape.layers,
