@@ -60,8 +60,8 @@ class weight_stream {
   __device__ void start_next() {
     if (from_ != nullptr && units_ > 0) {
       const std::uint32_t to = detail::shared_address(ring_ + in_ * unit_bytes);
-      detail::copy_16_bytes(to, from_, true);
-      detail::copy_16_bytes(to + unit_bytes / 2, from_ + unit / 2, true);
+      detail::copy_16_bytes(to, from_, 16);
+      detail::copy_16_bytes(to + unit_bytes / 2, from_ + unit / 2, 16);
       from_ += warps * unit;
       if (++next_unit_ == units_) {
         next_unit_ = 0;
@@ -164,7 +164,7 @@ __device__ void take_rows(const skinny_launch& a, bf16* x, std::int32_t stride, 
   const row_pieces<8> pieces(a, wide ? 0 : units);
   for (std::int32_t piece = lane; piece < pieces.end(); piece += 32) {
     const std::int32_t row = pieces.row(piece), input = pieces.input(piece);
-    detail::copy_16_bytes(detail::shared_address(x + row * stride + input), &a.x.rounded(row, input), true);
+    detail::copy_16_bytes(detail::shared_address(x + row * stride + input), &a.x.rounded(row, input), 16);
   }
   detail::commit_copies();
   if (wide) take_wide_rows(a, x, stride, units);

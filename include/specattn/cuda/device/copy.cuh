@@ -30,6 +30,7 @@ __device__ __forceinline__ void copy_16_bytes(std::uint32_t to, const void* from
                "r"(bytes), "l"(policy)
                : "memory");
 }
+void copy_16_bytes(std::uint32_t to, const void* from, bool wanted) = delete;  // `bytes` is a number: 16, not true
 #endif
 
 /// Copies 16 bytes to shared memory asynchronously; the emulated device at once.
