@@ -24,7 +24,8 @@ struct decode_options {
   std::int32_t dense_layers = 0;   ///< the first target layers that always stay dense
   std::int32_t refresh_every = 0;  ///< every n rounds, rewrite the keys and values since the last exact one; 0: never
   /// Draft steps whose weights guide the round: one for each slot of the verify pass, the last drafted token's included,
-  /// on which the draft runs for that alone. 0: all draft_length + 1.
+  /// on which the draft runs for that alone. 0: all draft_length + 1. A step left out costs more than the guide itself on a
+  /// model of sharp heads (SmolLM2-135M: 1.0 % of perplexity with all five slots, 3.0 with four, 13 with one).
   std::int32_t record_steps = 0;
   /// Record the draft's weights and select, for the target and for a sparse draft, in one round of n; the other n - 1
   /// reuse the lists, extended by the positions appended since. A round records anyway when its sequences are not those of
