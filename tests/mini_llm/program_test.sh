@@ -55,6 +55,11 @@ exact=$(cat "$out")
 succeeds "keeping everything" generate "${short[@]}" --keep 1 --draft 4 --sparse-draft
 [[ $(cat "$out") == "$exact" ]] || fail "with --keep 1 the greedy text is the exact one"
 
+succeeds "the shipped draft of SmolLM2 writes on its own" generate -m "$models/smollm2-draft-17m.gguf" "${short[@]}"
+[[ -s $out ]] || fail "the shipped draft of SmolLM2 writes on its own"
+refuses "the shipped draft of SmolLM2 is no draft of another vocabulary" "vocab|token" \
+  generate -md "$models/smollm2-draft-17m.gguf" "${short[@]}"
+
 succeeds "an empty prompt: the text begins with the begin token" generate -p "" -n 4
 succeeds "generate --json" generate "${short[@]}" --json
 grep -q '"text"' "$out" || fail "--json writes one object with the text in it"
