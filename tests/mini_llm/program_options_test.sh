@@ -60,6 +60,7 @@ generate|--top-k|integer|-1|$most
 generate|--top-p|number|0|1
 generate|--min-p|number|0|1
 generate|--device|text
+perplexity|--device|text
 calibrate|--tokens|integer|1|$most
 calibrate|-s,--seed|seed|-9223372036854775808|18446744073709551615
 calibrate|--draft,--draft-max,--draft-length|integer|1|15

@@ -45,8 +45,7 @@ struct uploaded_model {
   device_llama model;
   specattn::model_fingerprint fingerprint;
 
-  explicit uploaded_model(const loaded_model& from)
-      : model(from.config, from.files(), max_slots) {
+  explicit uploaded_model(const loaded_model& from) : model(from.config, from.files(), max_slots) {
     const specattn::model_shape& shape = model.shape();
     fingerprint = {from.directory.filename().string(),
                    shape.layers,
