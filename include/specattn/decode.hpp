@@ -155,8 +155,9 @@ class decoder {
     engine_.forget(row);
   }
 
-  /// Caches a chunk of the prompts that wait, then runs one round for every sequence whose prompt is cached. `on_tokens(row, tokens)` receives what each sequence emitted (valid until it
-  /// returns, or removes the row) and returns false to cancel it. Returns whether a sequence is running.
+  /// Caches a chunk of the prompts that wait, then runs one round for every sequence whose prompt is cached.
+  /// `on_tokens(row, tokens)` receives what each sequence emitted (valid until it returns, or removes the row) and returns
+  /// false to cancel it. Returns whether a sequence is running.
   /// \sync cuda: waits for the stream
   template <class OnTokens>
   bool step(OnTokens&& on_tokens) {

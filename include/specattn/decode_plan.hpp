@@ -25,16 +25,21 @@ struct planned_row {
   bool refresh = false;     ///< keys and values since the last exact one are rewritten first; then it is dense
 };
 
+/// What a round does whatever its texts hold: what a captured graph depends on.
+struct round_shape {
+  std::int32_t drafts = 0;  ///< the most that a row drafts
+  std::int32_t steps = 0;   ///< the most draft steps that a row takes
+  bool sparse = false;      ///< the guide decides what is read
+  bool sampled = false;     ///< some sequence is not greedy
+  bool listed = false;      ///< a sparse draft has lists to read
+  bool reuse = false;       ///< of lists that a round before has selected
+  friend bool operator==(const round_shape&, const round_shape&) = default;
+};
+
 /// A round, as a value.
-struct round_plan {
+struct round_plan : round_shape {
   std::vector<planned_row> rows;
-  std::int32_t drafts = 0;   ///< the most that a row drafts
-  std::int32_t steps = 0;    ///< the most draft steps that a row takes
   std::int32_t longest = 0;  ///< of the texts
-  bool sparse = false;       ///< the guide decides what is read
-  bool sampled = false;      ///< some sequence is not greedy
-  bool listed = false;       ///< a sparse draft has lists to read
-  bool reuse = false;        ///< of lists that a round before has selected
 
   std::int32_t size() const { return static_cast<std::int32_t>(rows.size()); }
   bool any_dense() const {

@@ -154,13 +154,8 @@ class round_engine<T, Target, Draft, Guide, cuda> {
   const captured_graph& prepare(const round_plan& plan, sequence_table& sequences) {
     key_.rows.clear();
     for (const planned_row& planned : plan.rows) key_.rows.push_back(planned.row);
-    key_.drafts = plan.drafts;
-    key_.steps = plan.steps;
+    static_cast<round_shape&>(key_) = plan;
     key_.max_len = length_bucket(plan.longest, sizes_.positions);
-    key_.sparse = plan.sparse;
-    key_.sampled = plan.sampled;
-    key_.listed = plan.listed;
-    key_.reuse = plan.reuse;
     key_.forced = !forced_.empty();
     for (std::size_t s = 0; s < plan.rows.size(); ++s)
       prepare_sequence(s, plan.rows[s], sequences.at(plan.rows[s].row));

@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "../../decode_plan.hpp"
 #include "../../decode_state.hpp"
 #include "../device/graph.cuh"
 #include "layout.cuh"
@@ -17,15 +18,9 @@
 namespace specattn::inline SPECATTN_CODE::detail {
 
 /// What a captured round depends on besides what it reads.
-struct round_key {
+struct round_key : round_shape {
   std::vector<std::int32_t> rows;  ///< cache rows, ascending
-  std::int32_t drafts = 0;         ///< the most that a row drafts
-  std::int32_t steps = 0;          ///< the most draft steps that a row takes
   std::int32_t max_len = 0;        ///< of the texts
-  bool sparse = false;             ///< the guide decides what is read
-  bool sampled = false;            ///< some sequence is not greedy
-  bool listed = false;             ///< a sparse draft has lists to read
-  bool reuse = false;              ///< of lists that a round before has selected
   bool forced = false;             ///< tokens are given
   friend bool operator==(const round_key&, const round_key&) = default;
 };
