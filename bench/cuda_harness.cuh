@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <functional>
 #include <vector>
 
@@ -118,5 +119,25 @@ inline void print_device() {
   std::printf("device: %s, %d SMs, L2 %d MiB, CUDA runtime %d.%d\n", device.name, device.multiProcessorCount,
               device.l2CacheSize >> 20, runtime / 1000, runtime % 1000 / 10);
 }
+
+/// What a benchmark's main begins with, the device's line printed. `--smoke` as the first argument measures no bandwidth.
+struct opened_device {
+  opened_device(int argc, char** argv) : smoke(argc > 1 && std::strcmp(argv[1], "--smoke") == 0) {
+    print_device();
+    if (!smoke) copy_gb_s = copy_bandwidth(clock, ctx.stream());
+  }
+
+  bool smoke;
+  specattn::context<specattn::cuda> ctx{new_stream()};
+  device_clock clock{ctx.stream()};
+  double copy_gb_s = 1;
+
+ private:
+  static cudaStream_t new_stream() {
+    cudaStream_t stream;
+    check(cudaStreamCreate(&stream));
+    return stream;
+  }
+};
 
 }  // namespace bench

@@ -6,7 +6,6 @@
 
 #include <cmath>
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <random>
 #include <vector>
@@ -299,17 +298,11 @@ void compare_lists(const problem& p, specattn::context<device>& ctx) {
 
 int main(int argc, char** argv) {
   if (bench::no_device()) return bench::skipped;
-  const bool smoke = argc > 1 && std::strcmp(argv[1], "--smoke") == 0;
-  cudaStream_t stream;
-  bench::check(cudaStreamCreate(&stream));
-  specattn::context<device> ctx(stream);
-  bench::device_clock clock(stream);
-  bench::print_device();
-  const double copy = smoke ? 1 : bench::copy_bandwidth(clock, stream);
+  bench::opened_device opened(argc, argv);
   std::printf(
       "copy: %.0f GB/s; times are graph replays less an empty node of %.2f us, inputs cold; 32 terms a group; "
       "arithmetic floor at %.0f TFLOP/s\n",
-      copy, clock.empty_us(), tensor_tflops);
+      opened.copy_gb_s, opened.clock.empty_us(), tensor_tflops);
   std::printf(
       "| pair | batch | recording | rows | steps | kv_len | history | MB | GFLOP | importance us | floor us | of "
       "floor | "
@@ -318,25 +311,25 @@ int main(int argc, char** argv) {
       "|\n|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|---|\n");
   if (argc == 5) {
     measure<float, specattn::fp16>(
-        {pairs[std::atoi(argv[1]) % 2], std::atoi(argv[2]), std::atoi(argv[3]), std::atoi(argv[4]), false}, ctx,
-        clock, copy, false);
+        {pairs[std::atoi(argv[1]) % 2], std::atoi(argv[2]), std::atoi(argv[3]), std::atoi(argv[4]), false},
+        opened.ctx, opened.clock, opened.copy_gb_s, false);
     return 0;
   }
   using specattn::bf16;
   using specattn::fp16;
   const auto measure_all = [&](const problem& p) {
-    measure<bf16, float>(p, ctx, clock, copy, smoke);
-    measure<float, float>(p, ctx, clock, copy, smoke);
-    measure<bf16, fp16>(p, ctx, clock, copy, smoke);
-    measure<float, fp16>(p, ctx, clock, copy, smoke);
+    measure<bf16, float>(p, opened.ctx, opened.clock, opened.copy_gb_s, opened.smoke);
+    measure<float, float>(p, opened.ctx, opened.clock, opened.copy_gb_s, opened.smoke);
+    measure<bf16, fp16>(p, opened.ctx, opened.clock, opened.copy_gb_s, opened.smoke);
+    measure<float, fp16>(p, opened.ctx, opened.clock, opened.copy_gb_s, opened.smoke);
   };
   for (const pair_shape& pair : pairs) {
     for (const std::int32_t kv_len : {8192, 32768, 131072}) {
       measure_all({pair, kv_len, 4, 1, false});
-      if (smoke) return 0;
+      if (opened.smoke) return 0;
     }
     measure_all({pair, 32768, 1, 1, false});
-    measure<bf16, float>({pair, 32768, 4, 1, true}, ctx, clock, copy, smoke);
+    measure<bf16, float>({pair, 32768, 4, 1, true}, opened.ctx, opened.clock, opened.copy_gb_s, opened.smoke);
   }
   for (const std::int32_t kv_len : {8192, 32768}) measure_all({pairs[1], kv_len, 1, 8, false});
   std::printf(
@@ -345,7 +338,7 @@ int main(int argc, char** argv) {
       "has %% | most of a list %% | most mass gained or lost |\n|---|---|---|---|---|---|\n");
   for (const pair_shape& pair : pairs) {
     for (const std::int32_t kv_len : {8192, 32768, 131072}) {
-      if (pair.groups() <= 256 || kv_len <= 32768) compare_lists({pair, kv_len, 1, 1, false}, ctx);
+      if (pair.groups() <= 256 || kv_len <= 32768) compare_lists({pair, kv_len, 1, 1, false}, opened.ctx);
     }
   }
   return 0;

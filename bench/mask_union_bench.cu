@@ -3,7 +3,6 @@
 //   mask_union_bench_cuda [--smoke]
 #include "specattn/cuda/mask_union.cuh"
 
-#include <cstring>
 #include <random>
 #include <vector>
 
@@ -118,23 +117,18 @@ void measure(std::int32_t sequences, std::int32_t kv_len, specattn::context<devi
 
 int main(int argc, char** argv) {
   if (bench::no_device()) return bench::skipped;
-  cudaStream_t stream;
-  bench::check(cudaStreamCreate(&stream));
-  specattn::context<device> ctx(stream);
-  bench::device_clock clock(stream);
-  bench::print_device();
-  const bool smoke = argc > 1 && std::strcmp(argv[1], "--smoke") == 0;
-  const double copy = smoke ? 1 : bench::copy_bandwidth(clock, stream);
-  std::printf("copy: %.0f GB/s; times are graph replays less an empty node of %.2f us\n", copy, clock.empty_us());
+  bench::opened_device opened(argc, argv);
+  std::printf("copy: %.0f GB/s; times are graph replays less an empty node of %.2f us\n", opened.copy_gb_s,
+              opened.clock.empty_us());
   std::printf("| sequences | kv_len | us | MB read | MB written | GB/s | of copy |\n|---|---|---|---|---|---|---|\n");
-  if (smoke) {
-    measure(2, 700, ctx, clock, copy);
+  if (opened.smoke) {
+    measure(2, 700, opened.ctx, opened.clock, opened.copy_gb_s);
     return 0;
   }
-  measure(1, 8192, ctx, clock, copy);
-  measure(1, 32768, ctx, clock, copy);
-  measure(1, 131072, ctx, clock, copy);
-  measure(8, 32768, ctx, clock, copy);
-  measure(32, 32768, ctx, clock, copy);  // or as many layers of one sequence
+  measure(1, 8192, opened.ctx, opened.clock, opened.copy_gb_s);
+  measure(1, 32768, opened.ctx, opened.clock, opened.copy_gb_s);
+  measure(1, 131072, opened.ctx, opened.clock, opened.copy_gb_s);
+  measure(8, 32768, opened.ctx, opened.clock, opened.copy_gb_s);
+  measure(32, 32768, opened.ctx, opened.clock, opened.copy_gb_s);  // or as many layers of one sequence
   return 0;
 }

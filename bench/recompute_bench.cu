@@ -4,7 +4,6 @@
 //   recompute_bench_cuda [--smoke]
 #include "specattn/cuda/recompute.cuh"
 
-#include <cstring>
 #include <memory>
 #include <random>
 #include <vector>
@@ -177,24 +176,19 @@ void measure(std::int32_t batch, std::int32_t kv_len, double share, specattn::co
 
 int main(int argc, char** argv) {
   if (bench::no_device()) return bench::skipped;
-  cudaStream_t stream;
-  bench::check(cudaStreamCreate(&stream));
-  specattn::context<device> ctx(stream);
-  bench::device_clock clock(stream);
-  bench::print_device();
-  const bool smoke = argc > 1 && std::strcmp(argv[1], "--smoke") == 0;
-  const double copy = smoke ? 1 : bench::copy_bandwidth(clock, stream);
-  std::printf("copy: %.0f GB/s; times are graph replays less an empty node of %.2f us\n", copy, clock.empty_us());
+  bench::opened_device opened(argc, argv);
+  std::printf("copy: %.0f GB/s; times are graph replays less an empty node of %.2f us\n", opened.copy_gb_s,
+              opened.clock.empty_us());
   std::printf("| batch | kv_len | kept | us | key MB | key GB/s | GB/s | of copy | off by |\n");
   std::printf("|---|---|---|---|---|---|---|---|---|\n");
   for (const double share : {1.0, 0.22}) {
-    if (smoke) {
-      measure(2, 700, share, ctx, clock, copy);
+    if (opened.smoke) {
+      measure(2, 700, share, opened.ctx, opened.clock, opened.copy_gb_s);
       continue;
     }
-    measure(1, 8192, share, ctx, clock, copy);
-    measure(1, 32768, share, ctx, clock, copy);
-    measure(8, 32768, share, ctx, clock, copy);
+    measure(1, 8192, share, opened.ctx, opened.clock, opened.copy_gb_s);
+    measure(1, 32768, share, opened.ctx, opened.clock, opened.copy_gb_s);
+    measure(8, 32768, share, opened.ctx, opened.clock, opened.copy_gb_s);
   }
   return 0;
 }

@@ -4,7 +4,6 @@
 #include "specattn/cuda/verify.cuh"
 
 #include <cstdlib>
-#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -154,27 +153,23 @@ void measure(const cell& c, specattn::context<device>& ctx, bench::device_clock&
 
 int main(int argc, char** argv) {
   if (bench::no_device()) return bench::skipped;
-  const bool smoke = argc > 1 && std::strcmp(argv[1], "--smoke") == 0;
-  cudaStream_t stream;
-  bench::check(cudaStreamCreate(&stream));
-  specattn::context<device> ctx(stream);
-  bench::device_clock clock(stream);
-  bench::print_device();
-  const double copy = smoke ? 1 : bench::copy_bandwidth(clock, stream);
-  std::printf("copy: %.0f GB/s; times are graph replays less an empty node of %.2f us; inputs rotate, cold\n", copy,
-              clock.empty_us());
+  bench::opened_device opened(argc, argv);
+  std::printf("copy: %.0f GB/s; times are graph replays less an empty node of %.2f us; inputs rotate, cold\n",
+              opened.copy_gb_s, opened.clock.empty_us());
   std::printf(
       "| sequences x slots | vocab | sampler | accepted | MB | at copy speed us | verify us | GB/s | of copy | "
       "sample one "
       "step us |\n|---|---|---|---|---|---|---|---|---|---|\n");
   for (const auto& [sequences, vocab] :
        {std::pair<std::ptrdiff_t, std::ptrdiff_t>{16, 128256}, {1, 128256}, {16, 32000}}) {
-    measure({sequences, vocab, "greedy", {}}, ctx, clock, copy, smoke);
-    measure({sequences, vocab, "temperature 1", {1.0f, 0, 1.0f, 0.0f, 0}}, ctx, clock, copy, smoke);
-    measure({sequences, vocab, "temperature 0.7, top-p 0.9", {0.7f, 0, 0.9f, 0.0f, 0}}, ctx, clock, copy, smoke);
-    measure({sequences, vocab, "temperature 0.7, top-k 50, top-p 0.9", {0.7f, 50, 0.9f, 0.0f, 0}}, ctx, clock, copy,
-            smoke);
-    if (smoke) break;
+    measure({sequences, vocab, "greedy", {}}, opened.ctx, opened.clock, opened.copy_gb_s, opened.smoke);
+    measure({sequences, vocab, "temperature 1", {1.0f, 0, 1.0f, 0.0f, 0}}, opened.ctx, opened.clock, opened.copy_gb_s,
+            opened.smoke);
+    measure({sequences, vocab, "temperature 0.7, top-p 0.9", {0.7f, 0, 0.9f, 0.0f, 0}}, opened.ctx, opened.clock,
+            opened.copy_gb_s, opened.smoke);
+    measure({sequences, vocab, "temperature 0.7, top-k 50, top-p 0.9", {0.7f, 50, 0.9f, 0.0f, 0}}, opened.ctx,
+            opened.clock, opened.copy_gb_s, opened.smoke);
+    if (opened.smoke) break;
   }
   return 0;
 }
