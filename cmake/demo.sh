@@ -11,9 +11,9 @@ pair=()
 if [[ ${1-} == --real ]]; then
   shift
   target=$(bash "$root/examples/models/smollm2.sh")
-  # The text of a real document, continued; the last of the options of a kind counts, so that arguments may say otherwise.
+  # Continues a real document, unless the arguments name a prompt.
   pair=(-m "$target" -md "$root/examples/models/smollm2-draft-17m.gguf" --alignment "$root/examples/models/smollm2-alignment.json")
-  [[ " $* " == *" -p "* || " $* " == *" -f "* ]] || pair+=(-f "$root/README.md")
+  [[ " $*" =~ \ (-p|-f|--prompt|--file)(\ |=|$) ]] || pair+=(-f "$root/README.md")
 fi
 
 bash "$root/cmake/setup.sh"

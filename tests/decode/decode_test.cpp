@@ -153,14 +153,13 @@ TEST_CASE("decode: what a decoder allocates is what was announced") {
     const guide_needs needs = guide.needs();
     const decode_memory announced = decoder_bytes<float>(target_shape, draft_shape, options, needs);
     f.ctx.reserve_workspace(std::size_t{1} << 24);  // not a decoder's
-    draft_guide<> quiet(flat_alignment({8}, kind == 3), toy_rule(0.7f));
     const std::size_t before = in_use();
-    auto decoder = make_decoder<float>(f.ctx, f.target, f.draft, quiet, options);
+    auto decoder = make_decoder<float>(f.ctx, f.target, f.draft, guide, options);
     const std::size_t taken = in_use() - before;
     // Beside it: the guide's memory, texts, lists of free pages.
     detail::draft_guide_memory<cpu> memory;
     const std::size_t start = in_use();
-    quiet.prepare({target_shape, draft_shape, options.max_sequences, options.max_positions, 30, 5}, memory);
+    guide.prepare({target_shape, draft_shape, options.max_sequences, options.max_positions, 30, 5}, memory);
     const std::size_t guides = in_use() - start;
     const std::size_t texts = 6 * (300 + 17) * sizeof(std::int32_t);
     CAPTURE(kind);

@@ -142,10 +142,6 @@ std::optional<std::size_t> first_non_finite(const stored_tensor& tensor) {
 }
 
 model_files model_files::open(const std::filesystem::path& directory) {
-  if (is_gguf_file(directory)) {
-    const gguf_file file = gguf_file::open(directory);
-    return of(file, read_gguf_config(file));
-  }
   model_files files;
   files.directory_ = directory;
   if (is_there(directory / adapter_name)) {

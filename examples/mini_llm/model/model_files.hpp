@@ -31,7 +31,7 @@ shard_index parse_shard_index(std::string_view text, std::string_view source);
 /// Files stay mapped while this lives.
 class model_files {
  public:
-  /// \param directory a model directory or a GGUF file
+  /// \param directory a model directory
   /// \throws input_error when there are no weights, when a file is malformed, when two hold one tensor, and for an
   ///         adapter beside the weights
   static model_files open(const std::filesystem::path& directory);
